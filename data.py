@@ -715,18 +715,21 @@ def find_cohort(data=None):
 
 # ---------------------------------------------------------------- batches
 
-def read_batch(cohort, rows, device="cpu"):
+def read_batch(cohort, rows, device="cpu", ecg_rows=None, names=("ecg", "ed", "es")):
     """Rows of a cohort -> dict(ecg (B, 12, 2500) mV, ed, es (B, 1, Z, Y, X) in 0..1), float32.
+
+    ecg_rows: whose ECG to put beside each heart, for the negative control; default their own.
 
     Arrays are mapped afresh: pages touched for one batch leave resident memory with it. int16 and
     uint8 travel to the device, a quarter of the bytes of float32.
     """
     batch = {}
-    for name in ("ecg", "ed", "es"):
-        array = np.load(cohort["folder"] / f"{name}.npy", mmap_mode="r")[rows]
-        batch[name] = torch.from_numpy(array).to(device, non_blocking=True)
-    return {"ecg": batch["ecg"].float() / 1000, "ed": batch["ed"].unsqueeze(1).float() / 255,
-            "es": batch["es"].unsqueeze(1).float() / 255}
+    for name in names:
+        wanted = ecg_rows if name == "ecg" and ecg_rows is not None else rows
+        array = np.load(cohort["folder"] / f"{name}.npy", mmap_mode="r")[wanted]
+        tensor = torch.from_numpy(array).to(device, non_blocking=True)
+        batch[name] = tensor.float() / 1000 if name == "ecg" else tensor.unsqueeze(1).float() / 255
+    return batch
 
 
 def epoch_batches(rows, batch_size, seed, epoch):
@@ -796,6 +799,7 @@ def augment(batch, rows, seed, epoch):
 # ---------------------------------------------------------------- synthetic hearts
 
 STACK, STACK_MM = (12, 72, 72), (10.0, 3.0, 3.0)  # the simulated scanner's field of view
+HEART = np.s_[:, 10:62, 10:62]  # the part of it that can hold the heart
 # X (left), Y (foot), Z (back) of the heart vector -> I, II, V1..V6 (Dower 1980)
 DOWER = np.array([[0.632, -0.235, 0.059], [0.235, 1.066, -0.132], [-0.515, 0.157, -0.917],
                   [0.044, 0.164, -1.387], [0.882, 0.098, -1.277], [1.213, 0.127, -0.601],
@@ -885,16 +889,16 @@ def simulate_ecg(heart, rng):
         beat += rr_s * (1 + breath + 0.02 * normal())
     leads = DOWER @ vector  # (8, T): I, II, V1..V6
     leads += 0.012 * normal(leads.shape)
-    phase, mains_mv = rng.uniform(0, 2 * np.pi, (2, 8, 1)), 0.02 * rng.uniform(0, 1, (8, 1))
-    leads += 0.12 * normal((8, 1)) * np.sin(2 * np.pi * rng.uniform(0.1, 0.4) * seconds + phase[0])
-    leads += mains_mv * np.sin(2 * np.pi * 50 * seconds + phase[1])
+    for size_mv, hertz in ((0.10, rng.uniform(0.1, 0.4)), (0.012, 50)):  # baseline wander, mains
+        turn = 2 * np.pi * hertz * seconds
+        leads += size_mv * normal((8, 2)) @ np.stack([np.sin(turn), np.cos(turn)])
     one, two = leads[0], leads[1]
     limb = np.stack([one, two, two - one, -(one + two) / 2, one - two / 2, two - one / 2])
     return np.round(np.concatenate([limb, leads[2:]]) / 0.005) * 0.005
 
 
 def phantom(heart, rng):
-    """Geometry of a short-axis stack: {phase: {tissue: fraction of each voxel (Z, Y, X)}}.
+    """Geometry of a short-axis stack: {phase: {tissue: fraction of each voxel of STACK[HEART]}}.
 
     The LV cavity is an ellipsoid cut at the base, its volume EDV or ESV; the wall lies between it and
     a larger one, its volume mass / 1.05 g/ml at both phases, so that it thickens; the base descends;
@@ -904,11 +908,11 @@ def phantom(heart, rng):
     length = 94 * (heart["LVEDV_ml"] / 140) ** (1 / 3) * np.exp(0.05 * normal())  # base to apex, mm
     length = min(length, 106)
     first_base = 56 - length / 2 + np.clip(normal(), -2, 2)  # mm below the top of the stack
-    tilt, jitter, shift = 0.12 * normal(2), 1.0 * normal((STACK[0], 2)), 5 * normal(2)
+    tilt, jitter, shift = 0.10 * normal(2), 1.0 * normal((STACK[0], 2)), np.array([0, 16]) + 4 * normal(2)
     septum = np.pi + 0.25 * normal()  # direction of the RV: towards the left of the image
     slices = np.arange(STACK[0])
     axis = shift + (slices[:, None] - 5.5) * mm_z * tilt + jitter  # (Z, 2) place of the LV axis, mm
-    y, x = (np.arange(n) * mm - (n - 1) / 2 * mm for n in STACK[1:])
+    y, x = ((np.arange(n)[part] - (n - 1) / 2) * mm for n, part in zip(STACK[1:], HEART[1:], strict=True))
     dy = (y - axis[:, :1])[:, :, None].astype(np.float32)  # (Z, Y, 1)
     dx = (x - axis[:, 1:])[:, None, :].astype(np.float32)  # (Z, 1, X)
     radius = np.sqrt(dy**2 + dx**2)  # (Z, Y, X) distance from the LV axis, mm
@@ -941,8 +945,8 @@ def phantom(heart, rng):
         thin, thick = 0.0, 60.0  # bisection on the wall's thickness; at the apex it is 0.6 of it
         for _ in range(30):
             wall = (thin + thick) / 2
-            z = np.array([top, c + 0.6 * wall])
-            whole = np.pi * (a + wall) ** 2 * np.diff(z - z**3 / (3 * z[1] ** 2))[0]
+            tip = c + 0.6 * wall
+            whole = np.pi * (a + wall) ** 2 * (tip * 2 / 3 - top + top**3 / (3 * tip**2))
             thin, thick = (wall, thick) if whole < lv_mm3 + heart["LVM_g"] / 1.05e-3 else (thin, wall)
         inner, inner_part = slabs(equator, top, a, c)
         outer, outer_part = slabs(equator, top, a + wall, c + 0.6 * wall)
@@ -953,12 +957,12 @@ def phantom(heart, rng):
         # RV volume = linear * depth + square * depth^2, solved for the depth at the base
         linear = (rv_part * outer * taper).sum() * angles.mean() * 2 * np.pi * mm_z
         square = (rv_part * taper**2).sum() * (angles**2).mean() * np.pi * mm_z
-        depth = (math.sqrt(linear**2 + 4 * square * rv_mm3) - linear) / (2 * square)
+        depth = float(np.sqrt(linear**2 + 4 * square * rv_mm3) - linear) / float(2 * square)
         free_wall = outer + depth * taper * reach
         cavity, heart_disc = inner_part * disc(inner), disc(outer)
         phases[phase] = {"lv": cavity, "myocardium": outer_part * heart_disc - cavity,
                          "rv": rv_part * (disc(free_wall) - heart_disc),
-                         "rv_wall": rv_part * (disc(free_wall + 4 * (reach > 0)) - disc(free_wall)),
+                         "rv_wall": rv_part * (disc(free_wall + (reach > 0) * np.float32(4)) - disc(free_wall)),
                          "fat": np.maximum(outer_part, rv_part) * (disc(free_wall + 7) - heart_disc),
                          "atria": per_slice(above) * disc(np.float32(18 if phase == "ed" else 23)),
                          "papillary": inner_part * np.clip((5 - np.sqrt(np.minimum(
@@ -986,18 +990,19 @@ def simulate_cmr(heart, rng):
         body += (level - body) * np.clip((np.hypot(y - 35, x - 30) - reach_mm) / 8 + 0.5, 0, 1)
     bias = 1 + 0.25 * smooth(rng.standard_normal((5, 11, 11)).cumsum(axis=1) / 4)
     scale, sigma = float(260 * np.exp(0.25 * rng.standard_normal())), rng.uniform(0.02, 0.05)
-    phases = {}
+    phases, grain = {}, (0.9 + 0.1 * texture)[HEART]
     for phase, parts in tissues.items():
-        picture = (body * texture).astype(np.float32)
+        picture = body.astype(np.float32) * texture
+        heart = picture[HEART]
         for tissue, level in (("atria", 0.80), ("fat", 0.42), ("rv_wall", 0.33), ("rv", 0.92), ("myocardium", 0.30),
                               ("lv", 1.0), ("papillary", 0.35)):
-            picture += (level * (0.9 + 0.1 * texture) - picture) * parts[tissue]
+            heart += (level * grain - heart) * parts[tissue]
         noise = np.float32(sigma) * rng.standard_normal((2, *STACK), dtype=np.float32)
         rician = np.sqrt((picture * bias + noise[0]) ** 2 + noise[1] ** 2)
         phases[phase] = np.round(scale * rician).astype(np.int16)
     labels = np.zeros(STACK, np.uint8)
     for label, tissue in enumerate(("rv", "myocardium", "lv"), start=1):
-        labels[tissues["ed"][tissue] > 0.5] = label
+        labels[HEART][tissues["ed"][tissue] > 0.5] = label
     return {**phases, "mask": labels}
 
 

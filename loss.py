@@ -1,0 +1,114 @@
+"""Loss: everything that looks across the batch, or across processes.
+
+    dual_phase_loss(embeddings, weights, temperature)   # the paper's loss, each term by name
+    retrieval_ranks(a, b)                                # where each row's own partner is found
+    backward(model, batch, ...)                          # gradients of the global batch, in pieces
+"""
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+PAIRS = (("ecg", "ed"), ("ecg", "es"), ("ed", "es"))
+
+
+def info_nce(a, b, temperature):
+    """Symmetric InfoNCE of unit vectors a, b (B, D): row k of a belongs to row k of b.
+
+    1/2 [CE(a b^T / t) + CE(b a^T / t)] with the diagonal as the target (van den Oord 2018, Radford
+    2021). ln B means chance: each of B candidates is as likely as any other.
+    """
+    logits = a @ b.T / temperature  # (B, B)
+    own = torch.arange(len(a), device=a.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def dual_phase_loss(embeddings, weights=(1, 1, 1), temperature=0.07):
+    """L = sum of w_ab InfoNCE(z_a, z_b) over (ECG, ED), (ECG, ES), (ED, ES); weights sum to 1.
+
+    embeddings: {"ecg", "ed" and/or "es": (B, D) unit vectors}. Pairs with an absent phase are left
+    out. Returns {"total", "ecg_ed", "ecg_es", "ed_es"} for the pairs that are present, unweighted
+    but for the total. Raises ValueError when no present pair has a positive weight.
+    """
+    present = [(f"{a}_{b}", a, b, w) for (a, b), w in zip(PAIRS, weights, strict=True)
+               if a in embeddings and b in embeddings]
+    scale = sum(w for *_, w in present)
+    if not scale > 0 or min(weights) < 0:
+        raise ValueError("weights must not be negative, and at least one pair present needs a positive one")
+    terms = {name: info_nce(embeddings[a], embeddings[b], temperature) for name, a, b, _ in present}
+    return {"total": sum(w / scale * terms[name] for name, *_, w in present), **terms}
+
+
+@torch.no_grad()
+def retrieval_ranks(queries, gallery):
+    """Rank (N,) of each query's own partner among all of gallery, 1 = first, by dot product.
+
+    Row k of queries (N, D) belongs to row k of gallery (N, D). Ties count against the query, so that
+    a collapsed model does not look perfect. Works through 1,024 queries at a time.
+    """
+    ranks = []
+    for start in range(0, len(queries), 1024):
+        scores = queries[start:start + 1024] @ gallery.T  # (<=1024, N)
+        own = scores.diagonal(offset=start)[:, None]
+        ranks.append((scores >= own).sum(dim=1))
+    return torch.cat(ranks)
+
+
+class Gather(torch.autograd.Function):
+    """Rows of all processes, in rank order; the backward pass hands each process its own rows' gradient.
+
+    Every process then computes the same full loss. DistributedDataParallel averages gradients over W
+    processes, hence the factor W here: encoder gradients become exact sums, and those of heads, the
+    same everywhere, stay as they are.
+    """
+
+    @staticmethod
+    def forward(ctx, rows):  # (B / W, D) -> (B, D)
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
+
+
+def gather(features):
+    """{name: (B / W, D)} of this process -> {name: (B, D)} of all; unchanged with one process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return features
+    return {name: Gather.apply(rows) for name, rows in features.items()}
+
+
+def backward(model, encode, batch, micro_batch, weights, temperature):
+    """Accumulate the gradients of the loss over the global batch; returns the detached loss terms.
+
+    encode: batch -> features, the model itself or its DistributedDataParallel wrapper. batch holds
+    this process's part. With micro_batch > 0, memory is that of a micro-batch, and the gradients are
+    the same (gradient cache, Gao 2021): encode without graph, take the loss over all features and its
+    gradient at the features, then encode each piece again with graph and send that gradient on.
+    """
+    size = len(batch["ecg"])
+    if not 0 < micro_batch < size:
+        loss = dual_phase_loss(model.embed(gather(encode(batch))), weights, temperature)
+        loss["total"].backward()
+        return {name: term.detach() for name, term in loss.items()}
+
+    pieces = [{name: rows[k:k + micro_batch] for name, rows in batch.items()}
+              for k in range(0, size, micro_batch)]
+    with torch.no_grad():
+        encoded = [model(piece) for piece in pieces]
+    cached = {name: torch.cat([piece[name] for piece in encoded]).requires_grad_() for name in encoded[0]}
+    loss = dual_phase_loss(model.embed(gather(cached)), weights, temperature)
+    wanted = dict(zip(cached, torch.autograd.grad(loss["total"], list(cached.values()), retain_graph=True),
+                      strict=True))
+    for k, piece in enumerate(pieces):
+        last = k == len(pieces) - 1
+        # Processes meet once, in the last piece, where the heads get their gradient too.
+        with nullcontext() if last or encode is model else encode.no_sync():
+            features = encode(piece)
+            surrogate = sum((features[name] * wanted[name][k * micro_batch:][:len(features[name])]).sum()
+                            for name in features)
+            (surrogate + loss["total"] if last else surrogate).backward()
+    return {name: term.detach() for name, term in loss.items()}

@@ -1,0 +1,102 @@
+"""Models: one residual network in 1D or 3D, and DualPhase, which turns a batch into embeddings.
+
+    features = model(batch)              # {"ecg": (B, D), "ed": (B, D), "es": (B, D)}: what is probed
+    embeddings = model.embed(features)   # the same names, (B, 128) unit vectors: what is compared
+
+Encoders never see the batch as a whole (GroupNorm only), so a subject's features do not depend on
+its neighbours: micro-batches and several processes then give exactly the features of one big batch.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+GROUPS, FEATURES, EMBEDDING = 8, 128, 128
+
+
+class Block(nn.Module):
+    """Two convolutions around a shortcut (He 2016); halves every axis and changes the width."""
+
+    def __init__(self, dim, width_in, width_out, kernel):
+        super().__init__()
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1]
+        self.conv1 = conv(width_in, width_out, kernel, stride=2, padding=kernel // 2, bias=False)
+        self.norm1 = nn.GroupNorm(GROUPS, width_out)
+        self.conv2 = conv(width_out, width_out, kernel, padding=kernel // 2, bias=False)
+        self.norm2 = nn.GroupNorm(GROUPS, width_out)
+        self.shortcut = conv(width_in, width_out, 1, stride=2, bias=False)
+
+    def forward(self, x):  # (B, width_in, *size) -> (B, width_out, *size / 2)
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = self.norm2(self.conv2(y))
+        return F.relu(y + self.shortcut(x), inplace=True)
+
+
+class ResNet(nn.Module):
+    """Patch stem, residual stages, mean over what is left of the axes: (B, C, *size) -> (B, D).
+
+    The stem cuts the input into patches, as convolutions at full resolution would cost most of the
+    time: 40 ms of ECG, or 20 x 12 x 12 mm of heart, whose voxels all fit into the stem's channels.
+    """
+
+    def __init__(self, dim, channels, patch, widths, kernel):
+        super().__init__()
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1]
+        self.stem = conv(channels, widths[0], patch, stride=patch, bias=False)
+        self.norm = nn.GroupNorm(GROUPS, widths[0])
+        self.stages = nn.Sequential(
+            *(Block(dim, a, b, kernel) for a, b in zip(widths, widths[1:], strict=False)))
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)), inplace=True)  # (B, W0, *size / patch)
+        x = self.stages(x)  # (B, D, *size / patch / 2^stages)
+        return x.flatten(2).mean(2)  # (B, D)
+
+
+def ecg_encoder():
+    """(B, 12, 2500) mV -> (B, 128)."""
+    return ResNet(1, 12, 10, (64, 64, 128, FEATURES), 5)
+
+
+def cmr_encoder():
+    """(B, 1, Z, Y, X) -> (B, 128)."""
+    net = ResNet(3, 1, (2, 4, 4), (32, 32, 64, FEATURES), 3)
+    return net.to(memory_format=torch.channels_last_3d)  # a quarter faster on CPUs with AVX-512
+
+
+class Head(nn.Module):
+    """BatchNorm, then one linear layer without bias: (B, D) -> (B, 128).
+
+    The batch statistics are those of the whole global batch, as heads see gathered features. Without
+    them the loss sits at ln B for whole epochs (features of one subject resemble all others').
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(FEATURES)
+        self.linear = nn.Linear(FEATURES, EMBEDDING, bias=False)
+
+    def forward(self, x):
+        return self.linear(self.norm(x))
+
+
+class DualPhase(nn.Module):
+    """An ECG encoder and one CMR encoder per phase, each with a head of its own.
+
+    ED and ES share no weights: the paper wants a latent for structure and one for function.
+    """
+
+    def __init__(self, phases=("ed", "es"), amp=False):
+        super().__init__()
+        self.amp = amp  # bfloat16 inside the encoders only; heads and loss stay in float32
+        self.encoders = nn.ModuleDict({"ecg": ecg_encoder(), **{name: cmr_encoder() for name in phases}})
+        self.heads = nn.ModuleDict({name: Head() for name in self.encoders})
+
+    def forward(self, batch):
+        """Batch of data.read_batch -> features {name: (B, D)} before the heads, never in bfloat16."""
+        with torch.autocast(batch["ecg"].device.type, torch.bfloat16, enabled=self.amp):
+            features = {name: encode(batch[name]) for name, encode in self.encoders.items() if name in batch}
+        return {name: x.float() if x.dtype == torch.bfloat16 else x for name, x in features.items()}
+
+    def embed(self, features):
+        """Features -> unit vectors {name: (B, 128)}."""
+        return {name: F.normalize(self.heads[name](x), dim=1) for name, x in features.items()}
