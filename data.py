@@ -198,13 +198,13 @@ def clean_ecg(ecg_mv, sampling_rate_hz, mains_hz=50):
     peak, residual = np.abs(ecg_mv).max(), limb_lead_residual(ecg_mv)
     if peak > 20:
         raise ValueError(f"reaches {peak:.0f} mV, which no heart does; check gain and unit")
-    if residual > 0.5:
+    if residual > 0.2:
         raise ValueError(f"limb leads contradict Einthoven and Goldberger (residual {residual:.0%}); "
                          "check for exchanged or inverted leads")
     warnings = []
     if peak > 6 or np.ptp(ecg_mv, axis=1).max() < 0.3:
         warnings.append("ECG amplitude is outside the usual 0.3 to 6 mV")
-    if residual > 0.1:
+    if residual > 0.05:
         warnings.append("limb leads agree only roughly with Einthoven and Goldberger")
     return {"ecg": np.round(ecg_mv.clip(-10, 10) * 1000).astype(np.int16), "warnings": warnings}
 
@@ -527,27 +527,26 @@ def prepare_row(row, mains_hz, grid, spacing_mm):
             if row.get(name) and not Path(row[name]).is_file():
                 raise InputError(row[name], f"{name} is a folder" if Path(row[name]).is_dir() else
                                  f"{name} file does not exist; correct the path in the manifest")
-        heart = prepare_subject(read_ecg(row["ecg"]), read_phases(row), mains_hz, grid, spacing_mm,
-                                ecg_file=row["ecg"], cmr_file=row.get("cine") or row["ed"])
+        ecg, phases = read_clean_ecg(row["ecg"], mains_hz), read_phases(row)
+        try:
+            heart = center_heart(phases, grid, spacing_mm)
+        except ValueError as error:
+            raise InputError(row.get("cine") or row["ed"], str(error)) from None
     except InputError as error:
         return {"id": row.get("id", ""), "file": error.where, "reason": error.why}
     except Exception as error:  # a file that breaks a reader must not stop the other 34,000
         return {"id": row["id"], "file": row["ecg"], "reason": f"unreadable ({type(error).__name__}: {error})"}
-    return heart | {"row": row}
+    return {"row": row, "ecg": ecg["ecg"], "ed": heart["ed"], "es": heart["es"],
+            "warnings": ecg["warnings"] + heart["warnings"]}
 
 
-def prepare_subject(ecg, phases, mains_hz, grid, spacing_mm, ecg_file="ECG", cmr_file="CMR"):
-    """Clean one subject: what read_ecg and read_phases return -> dict(ecg, ed, es, warnings)."""
+def read_clean_ecg(path, mains_hz=50):
+    """Read and clean one ECG file: dict(ecg int16 (12, 2500) microvolt, warnings)."""
+    ecg = read_ecg(path)
     try:
-        cleaned = clean_ecg(ecg["ecg_mv"], ecg["sampling_rate_hz"], mains_hz)
+        return clean_ecg(ecg["ecg_mv"], ecg["sampling_rate_hz"], mains_hz)
     except ValueError as error:
-        raise InputError(ecg_file, str(error)) from None
-    try:
-        heart = center_heart(phases, grid, spacing_mm)
-    except ValueError as error:
-        raise InputError(cmr_file, str(error)) from None
-    return {"ecg": cleaned["ecg"], "ed": heart["ed"], "es": heart["es"],
-            "warnings": cleaned["warnings"] + heart["warnings"]}
+        raise InputError(path, str(error)) from None
 
 
 def in_parallel(function, tasks, workers, what):
@@ -728,7 +727,7 @@ def read_batch(cohort, rows, device="cpu", ecg_rows=None, names=("ecg", "ed", "e
         wanted = ecg_rows if name == "ecg" and ecg_rows is not None else rows
         array = np.load(cohort["folder"] / f"{name}.npy", mmap_mode="r")[wanted]
         tensor = torch.from_numpy(array).to(device, non_blocking=True)
-        batch[name] = tensor.float() / 1000 if name == "ecg" else tensor.unsqueeze(1).float() / 255
+        batch[name] = tensor.float().mul_(1e-3) if name == "ecg" else tensor[:, None].float().div_(255)
     return batch
 
 
@@ -750,6 +749,11 @@ def read_ahead(load, tasks):
             yield waiting.popleft().result()
 
 
+@lru_cache
+def noise_table(seed, device):
+    return torch.randn(2**20, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
 def augment(batch, rows, seed, epoch):
     """Vary a batch as a repeated examination would. Every draw depends on (seed, epoch, subject) only.
 
@@ -767,20 +771,21 @@ def augment(batch, rows, seed, epoch):
         picked = draws[:, [next(column) for _ in range(n)]]
         return low + (high - low) * picked
 
-    def noise(shape):  # (B, *shape): a subject's piece of one fixed table, as drawing afresh is slow
-        size = math.prod(shape)
-        table = torch.randn(2**20, generator=torch.Generator().manual_seed(seed)).to(ecg.device)
-        starts = uniform(0, 2**20 - size)[:, 0].long().tolist()
-        return torch.stack([table[start:start + size] for start in starts]).view(count, *shape)
+    def add_noise(x, highest):  # a subject's piece of one fixed table, as drawing afresh is slow
+        table = noise_table(seed, ecg.device)
+        starts, sizes = uniform(0, 1)[:, 0].tolist(), uniform(0, highest)[:, 0].tolist()
+        for one, start, size in zip(x, starts, sizes, strict=True):
+            first = int(start * (len(table) - one.numel()))
+            one.add_(table[first:first + one.numel()].view_as(one), alpha=size)
 
     shift = uniform(-0.5, 0.5) * SAMPLING_RATE_HZ  # up to half a second, around the end
     places = (torch.arange(samples, device=ecg.device) + shift.long()) % samples  # (B, T)
     ecg = ecg.gather(2, places[:, None].expand(-1, leads, -1))
-    ecg = ecg * uniform(0.9, 1.1)[:, None] * (uniform(0, 1, leads) > 0.03)[..., None]
+    ecg *= uniform(0.9, 1.1)[:, None] * (uniform(0, 1, leads) > 0.03)[..., None]
     seconds = torch.arange(samples, device=ecg.device) / SAMPLING_RATE_HZ
     wander = torch.sin(2 * math.pi * (uniform(0.1, 0.5) * seconds + uniform(0, 1)))  # (B, T)
-    ecg += uniform(-0.1, 0.1, leads)[..., None] * wander[:, None]  # mV
-    ecg += uniform(0, 0.03)[..., None] * noise(ecg.shape[1:])
+    ecg.addcmul_(uniform(-0.02, 0.02, leads)[..., None], wander[:, None])  # mV
+    add_noise(ecg, 0.015)  # mV
 
     depth, height, width = ed.shape[2:]
     stack = torch.cat([ed, es], dim=2).flatten(1, 2)  # (B, 2Z, Y, X)
@@ -790,8 +795,8 @@ def augment(batch, rows, seed, epoch):
                         torch.cat([angle.sin() * width / height, angle.cos(), move[:, 1:]], 1)], 1)
     places = F.affine_grid(turn, (count, 1, height, width), align_corners=False)
     stack = F.grid_sample(stack, places, align_corners=False)
-    stack = stack * uniform(0.85, 1.15)[..., None, None] + uniform(-0.05, 0.05)[..., None, None]
-    stack += uniform(0, 0.04)[..., None, None] * noise(stack.shape[1:])
+    stack.mul_(uniform(0.85, 1.15)[..., None, None]).add_(uniform(-0.05, 0.05)[..., None, None])
+    add_noise(stack, 0.04)
     ed, es = stack.view(count, 1, 2 * depth, height, width).split(depth, dim=2)
     return {"ecg": ecg, "ed": ed, "es": es}
 
@@ -834,6 +839,8 @@ def draw_heart(seed, subject):
     rvef = np.clip((58.0, 54.5)[sex] + 5.8 * normal() + 0.25 * (lvef - 60), 20, 78)
     rvedv = lvsv * np.exp(0.08 * normal()) / (rvef / 100)
     heart_rate = np.clip(2900 * surface_m2 * np.exp(0.14 * normal()) / lvsv, 40, 115)
+    depth_mm = 30 + 0.9 * (bmi - 26.5) + 7 * normal()  # from the chest wall to the heart
+    turn_deg, tilt = 12 * normal(), 0.10 * normal()  # of the heart in the chest
     # Outcomes: a noisy logistic of the state, prevalence about 6, 9 and 30 %.
     logits = {"heart_failure": -3.6 + 0.14 * (59 - lvef) + 0.05 * (age - 64),
               "atrial_fibrillation": -2.7 + 0.07 * (age - 64) + 0.04 * (59 - lvef) + 2 * dilation,
@@ -842,7 +849,8 @@ def draw_heart(seed, subject):
     return {"age": age, "sex": sex, "bmi": bmi, "LVEDV_ml": lvedv, "LVESV_ml": lvedv - lvsv,
             "LVSV_ml": lvsv, "LVEF_pct": lvef, "LVM_g": lvm, "RVEDV_ml": rvedv,
             "RVESV_ml": rvedv * (1 - rvef / 100), "RVEF_pct": rvef, **events,
-            "surface_m2": surface_m2, "heart_rate_bpm": heart_rate}
+            "surface_m2": surface_m2, "heart_rate_bpm": heart_rate, "depth_mm": depth_mm,
+            "turn_deg": turn_deg, "tilt": tilt}
 
 
 def simulate_ecg(heart, rng):
@@ -851,28 +859,29 @@ def simulate_ecg(heart, rng):
     P, Q, R, S, T are Gaussians in time on a heart vector (McSharry 2003; Sameni 2007), projected by
     the Dower matrix. Planted links: mass -> QRS voltage and axis; dilatation and low EF -> QRS
     duration, initial forces, QT; strain -> T amplitude and angle; RV -> terminal forces; stroke
-    volume -> heart rate. Nuisance: torso gain, axes, noise, baseline wander, mains, RR variability.
+    volume -> heart rate; depth, turn and tilt of the heart in the chest, which CMR shows too ->
+    gain of the chest leads and electrical axis. Nuisance: gain, axes, noise, baseline wander, mains, RR variability.
     """
     normal, rate = rng.standard_normal, 500
     weak = 60 - heart["LVEF_pct"]
     mass_index = heart["LVM_g"] / heart["surface_m2"] / (42, 52)[heart["sex"]] - 1
-    strain = 2.2 * mass_index + 0.085 * weak
-    torso = np.exp(0.16 * normal() - 0.35 * np.log(heart["bmi"] / 26.5))
-    qrs = torso * (heart["LVM_g"] / 85) ** 0.75 * np.exp(0.10 * normal())
-    width = (90 + 5 * (heart["sex"] - 0.5) + 0.10 * (heart["LVEDV_ml"] - 145) + 0.55 * weak
+    strain = 2.2 * mass_index + 0.065 * weak
+    torso = np.exp(0.08 * normal() - 0.25 * np.log(heart["bmi"] / 26.5))
+    qrs = torso * (heart["LVM_g"] / 85) ** 0.75 * np.exp(0.14 * normal())
+    width = (90 + 5 * (heart["sex"] - 0.5) + 0.10 * (heart["LVEDV_ml"] - 145) + 0.42 * weak
              + 6 * normal()) / 90
     axis = np.deg2rad(45 - 0.5 * (heart["age"] - 64) - 1.2 * (heart["bmi"] - 26.5) - 8 * strain
-                      + 14 * normal())
-    back = 0.25 + 0.01 * weak + 0.15 * normal()
+                      + 0.9 * heart["turn_deg"] + 8 * normal())
+    back = 0.25 + 0.008 * weak + 1.2 * heart["tilt"] + 0.08 * normal()
     t_axis = np.deg2rad(40 + 14 * strain + 12 * normal())
     t_wave = torso * (1, 1.15)[heart["sex"]] * np.exp(-0.22 * strain + 0.25 * normal())
     right = 0.5 * np.log(heart["RVEDV_ml"] / 150) + 0.012 * (56 - heart["RVEF_pct"]) + 0.16 * normal()
     rr_s = 60 / heart["heart_rate_bpm"]
     pr_s = (160 + 0.6 * (heart["age"] - 64) + 18 * normal()) / 1000
-    qt_s = (412 - 14 * heart["sex"] + 1.2 * weak + 15 * normal()) / 1000 * np.sqrt(rr_s)  # Bazett
+    qt_s = (412 - 14 * heart["sex"] + 0.9 * weak + 15 * normal()) / 1000 * np.sqrt(rr_s)  # Bazett
     waves = [  # centre (s after R), width (s), vector (left, foot, back) in mV
         (-pr_s + 0.02, 0.022, 0.11 * torso * np.exp(0.2 * normal()) * np.array([0.6, 0.8, -0.1])),
-        (-0.024 * width, 0.008 * width, qrs * np.array([-0.14, 0.04, -0.34 + 0.012 * weak])),
+        (-0.024 * width, 0.008 * width, qrs * np.array([-0.14, 0.04, -0.34 + 0.008 * weak])),
         (0, 0.011 * width, 1.55 * qrs * np.array([np.cos(axis), np.sin(axis), back])),
         (0.026 * width, 0.010 * width, qrs * np.array([-0.20 - 0.5 * right, 0.02, 0.55])),
         (qt_s - 0.150, 0.048, 0.20 * t_wave * np.array([np.cos(t_axis), np.sin(t_axis), -0.55])),
@@ -888,6 +897,7 @@ def simulate_ecg(heart, rng):
         breath = 0.03 * np.sin(2 * np.pi * 0.25 * beat)
         beat += rr_s * (1 + breath + 0.02 * normal())
     leads = DOWER @ vector  # (8, T): I, II, V1..V6
+    leads[2:] *= np.exp(-0.02 * (heart["depth_mm"] - 30))  # the chest leads are near the heart
     leads += 0.012 * normal(leads.shape)
     for size_mv, hertz in ((0.10, rng.uniform(0.1, 0.4)), (0.012, 50)):  # baseline wander, mains
         turn = 2 * np.pi * hertz * seconds
@@ -908,8 +918,8 @@ def phantom(heart, rng):
     length = 94 * (heart["LVEDV_ml"] / 140) ** (1 / 3) * np.exp(0.05 * normal())  # base to apex, mm
     length = min(length, 106)
     first_base = 56 - length / 2 + np.clip(normal(), -2, 2)  # mm below the top of the stack
-    tilt, jitter, shift = 0.10 * normal(2), 1.0 * normal((STACK[0], 2)), np.array([0, 16]) + 4 * normal(2)
-    septum = np.pi + 0.25 * normal()  # direction of the RV: towards the left of the image
+    tilt, jitter, shift = np.array([heart["tilt"], 0.05 * normal()]), 1.0 * normal((STACK[0], 2)), np.array([0, 16]) + 4 * normal(2)
+    septum = np.pi + np.deg2rad(heart["turn_deg"] + 5 * normal())  # direction of the RV: towards the left of the image
     slices = np.arange(STACK[0])
     axis = shift + (slices[:, None] - 5.5) * mm_z * tilt + jitter  # (Z, 2) place of the LV axis, mm
     y, x = ((np.arange(n)[part] - (n - 1) / 2) * mm for n, part in zip(STACK[1:], HEART[1:], strict=True))
@@ -975,7 +985,7 @@ def simulate_cmr(heart, rng):
     """A scanner's view of the phantom: dict(ed, es int16 (Z, Y, X), mask uint8 at ED: 1 RV, 2 wall, 3 LV)."""
     tissues = phantom(heart, rng)
     y, x = (np.arange(n) * mm - (n - 1) / 2 * mm for n, mm in zip(STACK[1:], STACK_MM[1:], strict=True))
-    y, x = y[:, None] + 6 * rng.standard_normal(), x + 6 * rng.standard_normal()
+    y, x = y[:, None] + 3 * rng.standard_normal(), x + 4 * rng.standard_normal()
 
     def smooth(coarse):  # random field (5, 11, 11) at 30 x 24 x 24 mm -> (Z, Y, X)
         return resample(coarse.astype(np.float32), [
@@ -986,7 +996,8 @@ def simulate_cmr(heart, rng):
     body = np.full(STACK[1:], 0.10)  # lung, and in it:
     for cy, cx, reach_mm, level in ((120, -70, 100, 0.42), (115, 75, 75, 0.30), (62, 52, 11, 0.90)):
         body += (level - body) * np.clip((reach_mm - np.hypot(y - cy, x - cx)) / 8 + 0.5, 0, 1)
-    for reach_mm, level in ((122, 0.60), (146, 0.02)):  # liver, stomach, aorta; chest wall, air
+    for reach_mm, level in ((0, 0.60), (10 + 0.5 * heart["bmi"], 0.02)):  # ... chest wall, air
+        reach_mm += 92 + heart["depth_mm"]
         body += (level - body) * np.clip((np.hypot(y - 35, x - 30) - reach_mm) / 8 + 0.5, 0, 1)
     bias = 1 + 0.25 * smooth(rng.standard_normal((5, 11, 11)).cumsum(axis=1) / 4)
     scale, sigma = float(260 * np.exp(0.25 * rng.standard_normal())), rng.uniform(0.02, 0.05)
@@ -1007,11 +1018,11 @@ def simulate_cmr(heart, rng):
 
 
 def simulate(seed, subject):
-    """One synthetic subject as raw data: dict(id, heart, ecg (as read_ecg), phases (as read_phases))."""
+    """One synthetic subject as raw data: dict(id, heart, ecg_mv (12, 5000) at 500 Hz, phases (as read_phases))."""
     heart = draw_heart(seed, subject)
     cmr = simulate_cmr(heart, np.random.default_rng([seed, subject, 1]))
     ecg = simulate_ecg(heart, np.random.default_rng([seed, subject, 2]))
-    return {"id": f"{subject:06d}", "heart": heart, "ecg": {"ecg_mv": ecg, "sampling_rate_hz": 500},
+    return {"id": f"{subject:06d}", "heart": heart, "ecg_mv": ecg,
             "phases": {"ed": cmr["ed"].astype(np.float32), "es": cmr["es"].astype(np.float32),
                        "spacing_mm": np.array(STACK_MM), "mask": cmr["mask"], "warnings": []}}
 
@@ -1020,7 +1031,8 @@ def simulate_row(seed, subject, grid, spacing_mm):
     """One synthetic subject as a cohort row, through the same cleaning as real files."""
     raw = simulate(seed, subject)
     row = {"id": raw["id"], "split": split_of(raw["id"]), **describe(raw["heart"])}
-    return prepare_subject(raw["ecg"], raw["phases"], 50, grid, spacing_mm) | {"row": row}
+    ecg, heart = clean_ecg(raw["ecg_mv"], 500), center_heart(raw["phases"], grid, spacing_mm)
+    return {"row": row, "ecg": ecg["ecg"], "ed": heart["ed"], "es": heart["es"], "warnings": []}
 
 
 def describe(heart):
@@ -1046,7 +1058,7 @@ def write_demo(folder, subjects, seed=0):
             image.header.set_xyzt_units("mm")
             files[phase] = f"{name}_{phase}.nii.gz"
             nibabel.save(image, folder / files[phase])
-        ecg_uv = np.round(raw["ecg"]["ecg_mv"] * 1000).astype("<i2")
+        ecg_uv = np.round(raw["ecg_mv"] * 1000).astype("<i2")
         files["ecg"] = f"{name}.hea" if subject % 3 else f"{name}.xml"
         if subject % 3 == 0:
             leads = "".join(f'<WaveformData lead="{lead}">{",".join(map(str, samples // 5))}</WaveformData>\n'

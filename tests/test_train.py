@@ -1,0 +1,372 @@
+"""train.py as a user runs it: files, interruptions of every kind, wrong arguments, what is learnt."""
+
+import csv
+import math
+import random
+import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import train
+
+EPOCHS, STEPS = 4, 5  # of 8 pairs, on the 43 training subjects of the tiny cohort
+FILES = {"best.pt", "curves.png", "last.pt", "log.csv"}
+
+
+def options(cohort, *more, epochs=EPOCHS):
+    return ["--data", cohort, "--out", "run", "--batch-size", 8, "--epochs", epochs, *more]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def differences(a, b, place=""):
+    """Paths at which two checkpoints differ, bit for bit; times of day cannot be the same."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [d for k in a if k != "seconds" for d in differences(a[k], b[k], f"{place}/{k}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        pairs = enumerate(zip(a, b, strict=True))
+        return [d for k, (x, y) in pairs for d in differences(x, y, f"{place}/{k}")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [place]
+    return [] if type(a) is type(b) and a == b else [place]
+
+
+def assert_same_run(folder, other):
+    """Both checkpoints bit for bit; all but the free arguments, e.g. --resume itself."""
+    for name in ("last.pt", "best.pt"):
+        a, b = load(folder / name), load(other / name)
+        for checkpoint in (a, b):
+            for free in train.FREE:
+                checkpoint["args"].pop(free, None)
+        assert differences(a, b) == []
+
+
+def assert_whole_files(folder):
+    """Whatever bears a final name can be read to its end."""
+    for name in ("last.pt", "best.pt"):
+        if (folder / name).exists():
+            assert load(folder / name)["model"]
+    if (folder / "log.csv").exists():
+        rows = list(csv.DictReader((folder / "log.csv").open()))
+        assert rows and all(None not in row and all(row.values()) for row in rows)
+    if (folder / "curves.png").exists():
+        assert (folder / "curves.png").read_bytes().endswith(b"IEND\xaeB`\x82")
+
+
+@pytest.fixture(scope="module")
+def whole(cohort_folder, run_script, tmp_path_factory):
+    """The run that nothing interrupts: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run_script("train.py", *options(cohort_folder), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return {"folder": folder / "run", "printed": done.stdout}
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def test_run_folder_holds_the_promised_files(whole, cohort_folder):
+    assert {path.name for path in whole["folder"].iterdir()} == FILES
+    assert_whole_files(whole["folder"])
+    last, best = load(whole["folder"] / "last.pt"), load(whole["folder"] / "best.pt")
+    for checkpoint in (last, best):
+        assert {"model", "optimizer", "epoch", "args", "cohort"} <= checkpoint.keys()
+        assert checkpoint["cohort"] == data.open_cohort(cohort_folder)["fingerprint"]
+    assert last["epoch"] == EPOCHS and last["args"]["batch_size"] == 8
+    rows = list(csv.DictReader((whole["folder"] / "log.csv").open()))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    scores = [float(row["val_total"]) for row in rows]
+    assert best["epoch"] == 1 + int(np.argmin(scores))
+    for row in rows:
+        terms = [float(row[name]) for name in ("ecg_ed", "ecg_es", "ed_es")]
+        assert float(row["total"]) == pytest.approx(sum(terms) / 3)
+
+
+def test_chance_is_printed_beside_loss_and_top1(whole):
+    lines = [line for line in whole["printed"].splitlines() if line.startswith("epoch ")]
+    assert len(lines) == EPOCHS
+    assert all(f"ln B {math.log(8):.2f}" in line for line in lines)
+    assert all("chance 16.7%" in line for line in lines)  # 6 validation subjects
+
+
+# ---------------------------------------------------------------- interruptions
+
+# Code that runs in the process before train.py does. SIGNAL: raised while step 7, the second of
+# epoch 2, is under way.
+SIGNAL = """
+import os, loss
+step, backward = 0, loss.backward
+def counted(*arguments, **named):
+    global step
+    step += 1
+    if step == 7:
+        os.kill(os.getpid(), NUMBER)
+    return backward(*arguments, **named)
+loss.backward = counted
+"""
+
+# Killed from outside, DELAY seconds after the first step began.
+KILL_TRAINING = """
+import os, subprocess, loss
+backward = loss.backward
+def first(*arguments, **named):
+    loss.backward = backward
+    subprocess.Popen(f"sleep DELAY; kill -KILL {os.getpid()}", shell=True)
+    return backward(*arguments, **named)
+loss.backward = first
+"""
+
+# Killed at one rename of a finished file to its final name: before it, with the file cut at a
+# random place as if still being written, or just after it.
+KILL_SAVING = """
+import os, random, signal
+count, replace, draw = 0, os.replace, random.Random(SEED)
+fatal = draw.randint(1, RENAMES)
+def rename(source, target):
+    global count
+    count += 1
+    if count != fatal:
+        return replace(source, target)
+    if draw.random() < 0.7:
+        os.truncate(source, int(draw.random() * os.path.getsize(source)))
+    else:
+        replace(source, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.replace = rename
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_the_run_continues(
+    whole, cohort_folder, run_script, tmp_path, number
+):
+    before = SIGNAL.replace("NUMBER", str(int(number)))
+    stopped = run_script("train.py", *options(cohort_folder), cwd=tmp_path, before=before)
+    assert stopped.returncode == 130
+    assert "--resume" in stopped.stderr and "Traceback" not in stopped.stderr
+    saved = load(tmp_path / "run" / "last.pt")
+    assert (saved["epoch"], saved["step"]) == (1, 2)  # one whole epoch, and step 7 was finished
+    assert_whole_files(tmp_path / "run")
+    done = run_script("train.py", *options(cohort_folder, "--resume"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 1/4" not in done.stdout and "epoch 2/4" in done.stdout
+    assert_same_run(tmp_path / "run", whole["folder"])
+
+
+def kill_and_resume(seed, whole, cohort, run_script, folder):
+    """One SIGKILL, for odd seeds at a random moment of training and for even ones within saving."""
+    folder.mkdir()
+    if seed % 2:
+        seconds = sum(row["seconds"] for row in load(whole["folder"] / "last.pt")["log"])
+        delay = random.Random(seed).uniform(0, seconds)
+        before = KILL_TRAINING.replace("DELAY", f"{delay:.3f}")
+    else:
+        # An epoch renames last.pt and log.csv, the same for best.pt where it is the best so far (the
+        # first always is); curves.png comes at the end.
+        before = KILL_SAVING.replace("SEED", str(seed)).replace("RENAMES", str(2 * EPOCHS + 3))
+    killed = run_script("train.py", *options(cohort), cwd=folder, before=before)
+    assert killed.returncode == -signal.SIGKILL, f"seed {seed}: {killed.stdout}{killed.stderr}"
+    assert_whole_files(folder / "run")
+    done = run_script("train.py", *options(cohort, "--resume"), cwd=folder)
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+    assert_same_run(folder / "run", whole["folder"])
+    assert {path.name for path in (folder / "run").iterdir()} == FILES
+    shutil.rmtree(folder)  # 50 MB
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(3), pytest.param(range(3, 23), marks=pytest.mark.slow)], ids=["3", "20"]
+)
+def test_killed_runs_resume_bit_for_bit(whole, cohort_folder, run_script, tmp_path, seeds):
+    def attempt(seed):
+        kill_and_resume(seed, whole, cohort_folder, run_script, tmp_path / str(seed))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(attempt, seeds)) == [None] * len(seeds)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """refused("--epochs", 0) runs train.py's main here, which must end it with one sentence."""
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            data.exit_cleanly(train.main)
+        printed = capsys.readouterr()
+        assert stop.value.code == 2
+        assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+        assert printed.out == ""  # before any work is done
+        return printed.err
+
+    return run
+
+
+@pytest.mark.parametrize("wrong, named", [
+    (["--epochs", 0], "--epochs"), (["--epochs", -3], "--epochs"),
+    (["--batch-size", 0], "--batch-size"), (["--batch-size", 1], "--batch-size"),
+    (["--batch-size", -8], "--batch-size"), (["--batch-size", 44], "43"),
+    (["--micro-batch", -1], "--micro-batch"),
+    (["--lr", 0], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"),
+    (["--weight-decay", -0.1], "--weight-decay"), (["--warmup-epochs", -1], "--warmup-epochs"),
+    (["--temperature", 0], "--temperature"), (["--temperature", -0.07], "--temperature"),
+    (["--temperature", "nan"], "--temperature"),
+    (["--weights", 0, 0, 0], "--weights"), (["--weights", -1, 1, 1], "--weights"),
+    (["--weights", 1, "nan", 1], "--weights"), (["--weights", 1, 1, "inf"], "--weights"),
+    (["--weights", 0, 1, 1, "--phases", "ed"], "--weights"),
+    (["--seed", -1], "--seed"), (["--seed", 2**64], "--seed"),
+    (["--limit", 1], "--limit"), (["--limit", 0], "--limit"),
+    (["--limit", 8, "--batch-size", 9], "--batch-size"),
+    (["--data", "nowhere"], "nowhere"), (["--data", "."], "cohort"),
+    (["--out", "file"], "file"),
+])  # fmt: skip
+def test_wrong_arguments_get_one_sentence(cohort_folder, refused, tmp_path, wrong, named):
+    (tmp_path / "file").write_text("in the way of a run folder")
+    assert named in refused("--data", cohort_folder, "--out", "run", *wrong)
+    assert not (tmp_path / "run").exists()
+
+
+def test_cuda_is_refused_where_there_is_none(cohort_folder, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "cuda" in refused("--data", cohort_folder, "--device", "cuda")
+
+
+def test_wrong_arguments_end_a_real_process_too(run_script, tmp_path):
+    done = run_script("train.py", "--temperature", 0, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "--temperature" in done.stderr
+
+
+@pytest.fixture
+def run_copy(whole, tmp_path):
+    shutil.copytree(whole["folder"], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_folder_with_a_run_is_refused(run_copy, whole, cohort_folder, refused):
+    assert "--overwrite" in refused(*options(cohort_folder))
+    assert_same_run(run_copy, whole["folder"])
+
+
+@pytest.mark.parametrize("changed, named", [
+    (["--lr", 1e-3], "--lr was 0.002, is 0.001"), (["--seed", 1], "--seed was 0, is 1"),
+    (["--batch-size", 9], "--batch-size was 8, is 9"), (["--epochs", 5], "--epochs was 4, is 5"),
+    (["--weights", 1, 1, 0], "--weights was"), (["--phases", "ed"], "--phases was"),
+    (["--shuffle-pairs"], "--shuffle-pairs was False, is True"),
+    (["--temperature", 0.1, "--limit", 40], "--limit was None, is 40"),
+])  # fmt: skip
+def test_resuming_with_other_arguments_is_refused(
+    run_copy, whole, cohort_folder, refused, changed, named
+):
+    sentence = refused(*options(cohort_folder, "--resume", *changed))
+    assert named in sentence
+    if "--temperature" in changed:  # every difference is named
+        assert "--temperature was 0.07, is 0.1" in sentence
+    assert_same_run(run_copy, whole["folder"])
+
+
+def test_resuming_with_another_cohort_is_refused(run_copy, cohort_folder, refused, tmp_path):
+    """The same subjects in another order: every shape fits, only the fingerprint tells."""
+    other = tmp_path / "other"
+    shutil.copytree(cohort_folder, other)
+    header, *rows = (other / "subjects.csv").read_text().splitlines()
+    (other / "subjects.csv").write_text("\n".join([header, *rows[::-1], ""]))
+    sentence = refused(*options(other, "--resume"))
+    assert str(cohort_folder) in sentence and str(other) in sentence
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a checkpoint", b"not a checkpoint"])
+def test_a_damaged_checkpoint_is_refused(run_copy, cohort_folder, refused, content):
+    (run_copy / "last.pt").write_bytes(content)
+    assert "last.pt" in refused(*options(cohort_folder, "--resume"))
+
+
+def test_a_moved_cohort_is_still_the_same(run_copy, cohort_folder, run_script, tmp_path):
+    """Paths may change between a run and its continuation; a finished run then has nothing to do."""
+    shutil.copytree(cohort_folder, tmp_path / "moved")
+    before = load(run_copy / "last.pt")
+    done = run_script("train.py", *options("moved", "--resume"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert differences(load(run_copy / "last.pt"), before) == []
+
+
+# ---------------------------------------------------------------- one run, one result
+
+
+def test_micro_batches_and_processes_give_the_same_weights(cohort_folder, run_script, tmp_path):
+    """After an epoch of 3 steps of 12 pairs: in pieces of 5, 5 and 2, and on two processes."""
+    cases = {"plain": {}, "micro": {"more": ["--micro-batch", 5]}, "two": {"processes": 2}}
+
+    def run(name):
+        (tmp_path / name).mkdir()
+        more, processes = cases[name].get("more", []), cases[name].get("processes", 1)
+        arguments = options(cohort_folder, "--batch-size", 12, *more, epochs=1)
+        done = run_script("train.py", *arguments, cwd=tmp_path / name, processes=processes)
+        assert done.returncode == 0, done.stderr
+        return load(tmp_path / name / "run" / "last.pt")
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = dict(zip(cases, pool.map(run, cases), strict=True))
+    for name in ("micro", "two"):
+        for key, wanted in runs["plain"]["model"].items():
+            error = (runs[name]["model"][key] - wanted).abs().max() / wanted.abs().max()
+            assert error <= 1e-4, (name, key)
+        assert runs[name]["best"] == pytest.approx(runs["plain"]["best"], rel=1e-4)
+
+
+# ---------------------------------------------------------------- what is learnt
+
+
+@pytest.fixture(scope="module")
+def easy_cohort(tmp_path_factory):
+    """Subjects with one number each, plain in the ECG (its rhythm) and in the heart (its size)."""
+    rng, count, grid = np.random.default_rng(0), 160, (4, 32, 32)
+    y, x = np.mgrid[-1:1:32j, -1:1:32j]
+
+    def subjects():
+        for k in range(count):
+            latent = rng.random()
+            beat = np.sin(2 * np.pi * (1 + 9 * latent) * np.arange(2500) / 250)
+            disc = 255 * (np.hypot(y, x) < 0.15 + 0.6 * latent)
+            yield {
+                "ecg": np.round(1000 * beat * np.ones((12, 1))).astype("<i2"),
+                "ed": np.broadcast_to(disc, grid).astype(np.uint8),
+                "es": np.broadcast_to(255 - disc, grid).astype(np.uint8),
+                "warnings": [],
+                "row": {"id": f"{k:03d}", "split": "val" if k < 32 else "train", "latent": latent},
+            }
+
+    folder = tmp_path_factory.mktemp("cohorts") / "easy"
+    data.write_cohort(folder, subjects(), ["latent"], grid, (30, 6, 6), {"kind": "test"})
+    return folder
+
+
+def test_training_beats_chance_and_shuffled_pairs_do_not(easy_cohort, run_script, tmp_path):
+    """On subjects it has not seen, without the ED-ES term, which shuffled ECGs leave intact."""
+
+    def run(control):
+        folder = tmp_path / ("shuffled" if control else "paired")
+        folder.mkdir()
+        more = ["--batch-size", 16, "--weights", 1, 1, 0, *control]
+        done = run_script("train.py", *options(easy_cohort, *more, epochs=6), cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return load(folder / "run" / "last.pt")["log"][-1]
+
+    with ThreadPoolExecutor(2) as pool:
+        paired, shuffled = pool.map(run, ([], ["--shuffle-pairs"]))
+    print(paired, shuffled)
+    assert paired["val_total"] < 0.7 * math.log(16)
+    assert min(paired["val_top1_ecg_ed"], paired["val_top1_ecg_es"]) > 2 / 16
+    assert shuffled["val_total"] > 0.95 * math.log(16)
+    assert shuffled["val_top1_ecg_ed"] + shuffled["val_top1_ecg_es"] < 2 * 2.5 / 16
