@@ -871,8 +871,8 @@ def simulate_ecg(heart, rng):
     width = (90 + 5 * (heart["sex"] - 0.5) + 0.10 * (heart["LVEDV_ml"] - 145) + 0.42 * weak
              + 6 * normal()) / 90
     axis = np.deg2rad(45 - 0.5 * (heart["age"] - 64) - 1.2 * (heart["bmi"] - 26.5) - 8 * strain
-                      + 0.9 * heart["turn_deg"] + 8 * normal())
-    back = 0.25 + 0.008 * weak + 1.2 * heart["tilt"] + 0.08 * normal()
+                      + 0.8 * heart["turn_deg"] + 11 * normal())
+    back = 0.25 + 0.008 * weak + 1.0 * heart["tilt"] + 0.12 * normal()
     t_axis = np.deg2rad(40 + 14 * strain + 12 * normal())
     t_wave = torso * (1, 1.15)[heart["sex"]] * np.exp(-0.22 * strain + 0.25 * normal())
     right = 0.5 * np.log(heart["RVEDV_ml"] / 150) + 0.012 * (56 - heart["RVEF_pct"]) + 0.16 * normal()
@@ -897,7 +897,7 @@ def simulate_ecg(heart, rng):
         breath = 0.03 * np.sin(2 * np.pi * 0.25 * beat)
         beat += rr_s * (1 + breath + 0.02 * normal())
     leads = DOWER @ vector  # (8, T): I, II, V1..V6
-    leads[2:] *= np.exp(-0.02 * (heart["depth_mm"] - 30))  # the chest leads are near the heart
+    leads[2:] *= np.exp(-0.02 * (heart["depth_mm"] - 30) + 0.08 * normal())  # the chest leads are near the heart
     leads += 0.012 * normal(leads.shape)
     for size_mv, hertz in ((0.10, rng.uniform(0.1, 0.4)), (0.012, 50)):  # baseline wander, mains
         turn = 2 * np.pi * hertz * seconds

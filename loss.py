@@ -1,9 +1,10 @@
 """Loss: everything that looks across the batch, or across processes.
 
-    dual_phase_loss(embeddings, weights, temperature)   # the paper's loss, each term by name
-    retrieval_ranks(a, b)                                # where each row's own partner is found
-    backward(model, batch, ...)                          # gradients of the global batch, in pieces
+dual_phase_loss(embeddings, weights, temperature)   # the paper's loss, each term by name
+retrieval_ranks(a, b)                                # where each row's own partner is found
+backward(model, batch, ...)                          # gradients of the global batch, in pieces
 """
+
 from contextlib import nullcontext
 
 import torch
@@ -31,36 +32,41 @@ def dual_phase_loss(embeddings, weights=(1, 1, 1), temperature=0.07):
     out. Returns {"total", "ecg_ed", "ecg_es", "ed_es"} for the pairs that are present, unweighted
     but for the total. Raises ValueError when no present pair has a positive weight.
     """
-    present = [(f"{a}_{b}", a, b, w) for (a, b), w in zip(PAIRS, weights, strict=True)
-               if a in embeddings and b in embeddings]
+    present = [
+        (f"{a}_{b}", a, b, w)
+        for (a, b), w in zip(PAIRS, weights, strict=True)
+        if a in embeddings and b in embeddings
+    ]
     scale = sum(w for *_, w in present)
     if not scale > 0 or min(weights) < 0:
-        raise ValueError("weights must not be negative, and at least one pair present needs a positive one")
+        raise ValueError(
+            "weights must not be negative, and at least one pair present needs a positive one"
+        )
     terms = {name: info_nce(embeddings[a], embeddings[b], temperature) for name, a, b, _ in present}
     return {"total": sum(w / scale * terms[name] for name, *_, w in present), **terms}
 
 
 @torch.no_grad()
 def retrieval_ranks(queries, gallery):
-    """Rank (N,) of each query's own partner among all of gallery, 1 = first, by dot product.
+    """Rank (N,) of each query's own partner in the whole gallery, 1 = first, by dot product.
 
     Row k of queries (N, D) belongs to row k of gallery (N, D). Ties count against the query, so that
     a collapsed model does not look perfect. Works through 1,024 queries at a time.
     """
     ranks = []
     for start in range(0, len(queries), 1024):
-        scores = queries[start:start + 1024] @ gallery.T  # (<=1024, N)
+        scores = queries[start : start + 1024] @ gallery.T  # (<=1024, N)
         own = scores.diagonal(offset=start)[:, None]
         ranks.append((scores >= own).sum(dim=1))
     return torch.cat(ranks)
 
 
 class Gather(torch.autograd.Function):
-    """Rows of all processes, in rank order; the backward pass hands each process its own rows' gradient.
+    """Rows of all processes in rank order; backward returns the gradient of one's own rows.
 
-    Every process then computes the same full loss. DistributedDataParallel averages gradients over W
-    processes, hence the factor W here: encoder gradients become exact sums, and those of heads, the
-    same everywhere, stay as they are.
+    Every process then computes the same full loss. DistributedDataParallel averages gradients over
+    W processes, hence the factor W here: encoder gradients become exact sums, and those of heads,
+    the same everywhere, stay as they are.
     """
 
     @staticmethod
@@ -82,12 +88,12 @@ def gather(features):
 
 
 def backward(model, encode, batch, micro_batch, weights, temperature):
-    """Accumulate the gradients of the loss over the global batch; returns the detached loss terms.
+    """Accumulate the gradients of the loss over the global batch; returns its terms, detached.
 
-    encode: batch -> features, the model itself or its DistributedDataParallel wrapper. batch holds
-    this process's part. With micro_batch > 0, memory is that of a micro-batch, and the gradients are
-    the same (gradient cache, Gao 2021): encode without graph, take the loss over all features and its
-    gradient at the features, then encode each piece again with graph and send that gradient on.
+    encode: batch -> features, the model itself or its DistributedDataParallel wrapper; batch holds
+    this process's part. With micro_batch > 0, memory is that of a micro-batch, and gradients are
+    the same (gradient cache, Gao 2021): encode without graph, take the loss over all features and
+    its gradient at the features, then encode each piece again with graph and send it back.
     """
     size = len(batch["ecg"])
     if not 0 < micro_batch < size:
@@ -95,20 +101,31 @@ def backward(model, encode, batch, micro_batch, weights, temperature):
         loss["total"].backward()
         return {name: term.detach() for name, term in loss.items()}
 
-    pieces = [{name: rows[k:k + micro_batch] for name, rows in batch.items()}
-              for k in range(0, size, micro_batch)]
+    pieces = [
+        {name: rows[k : k + micro_batch] for name, rows in batch.items()}
+        for k in range(0, size, micro_batch)
+    ]
     with torch.no_grad():
         encoded = [model(piece) for piece in pieces]
-    cached = {name: torch.cat([piece[name] for piece in encoded]).requires_grad_() for name in encoded[0]}
+    cached = {
+        name: torch.cat([piece[name] for piece in encoded]).requires_grad_() for name in encoded[0]
+    }
     loss = dual_phase_loss(model.embed(gather(cached)), weights, temperature)
-    wanted = dict(zip(cached, torch.autograd.grad(loss["total"], list(cached.values()), retain_graph=True),
-                      strict=True))
+    wanted = dict(
+        zip(
+            cached,
+            torch.autograd.grad(loss["total"], list(cached.values()), retain_graph=True),
+            strict=True,
+        )
+    )
     for k, piece in enumerate(pieces):
         last = k == len(pieces) - 1
         # Processes meet once, in the last piece, where the heads get their gradient too.
         with nullcontext() if last or encode is model else encode.no_sync():
             features = encode(piece)
-            surrogate = sum((features[name] * wanted[name][k * micro_batch:][:len(features[name])]).sum()
-                            for name in features)
+            surrogate = sum(
+                (features[name] * wanted[name][k * micro_batch :][: len(features[name])]).sum()
+                for name in features
+            )
             (surrogate + loss["total"] if last else surrogate).backward()
     return {name: term.detach() for name, term in loss.items()}

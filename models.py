@@ -1,4 +1,4 @@
-"""Models: one residual network in 1D or 3D, and DualPhase, which turns a batch into embeddings.
+"""Models: one residual network in 1D or 3D; DualPhase, which turns a batch into embeddings.
 
     features = model(batch)              # {"ecg": (B, D), "ed": (B, D), "es": (B, D)}: what is probed
     embeddings = model.embed(features)   # the same names, (B, 128) unit vectors: what is compared
@@ -6,6 +6,7 @@
 Encoders never see the batch as a whole (GroupNorm only), so a subject's features do not depend on
 its neighbours: micro-batches and several processes then give exactly the features of one big batch.
 """
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class ResNet(nn.Module):
     """Patch stem, residual stages, mean over what is left of the axes: (B, C, *size) -> (B, D).
 
     The stem cuts the input into patches, as convolutions at full resolution would cost most of the
-    time: 40 ms of ECG, or 20 x 12 x 12 mm of heart, whose voxels all fit into the stem's channels.
+    time: 40 ms of ECG, or 20 x 12 x 12 mm of heart, a patch nearly as deep as it is wide.
     """
 
     def __init__(self, dim, channels, patch, widths, kernel):
@@ -44,7 +45,8 @@ class ResNet(nn.Module):
         self.stem = conv(channels, widths[0], patch, stride=patch, bias=False)
         self.norm = nn.GroupNorm(GROUPS, widths[0])
         self.stages = nn.Sequential(
-            *(Block(dim, a, b, kernel) for a, b in zip(widths, widths[1:], strict=False)))
+            *(Block(dim, a, b, kernel) for a, b in zip(widths, widths[1:], strict=False))
+        )
 
     def forward(self, x):
         x = F.relu(self.norm(self.stem(x)), inplace=True)  # (B, W0, *size / patch)
@@ -66,8 +68,8 @@ def cmr_encoder():
 class Head(nn.Module):
     """BatchNorm, then one linear layer without bias: (B, D) -> (B, 128).
 
-    The batch statistics are those of the whole global batch, as heads see gathered features. Without
-    them the loss sits at ln B for whole epochs (features of one subject resemble all others').
+    Its statistics are those of the whole global batch, as heads see gathered features. Without
+    them the loss sits at ln B for epochs: all subjects' features look alike at first.
     """
 
     def __init__(self):
@@ -88,13 +90,17 @@ class DualPhase(nn.Module):
     def __init__(self, phases=("ed", "es"), amp=False):
         super().__init__()
         self.amp = amp  # bfloat16 inside the encoders only; heads and loss stay in float32
-        self.encoders = nn.ModuleDict({"ecg": ecg_encoder(), **{name: cmr_encoder() for name in phases}})
+        self.encoders = nn.ModuleDict(
+            {"ecg": ecg_encoder(), **{name: cmr_encoder() for name in phases}}
+        )
         self.heads = nn.ModuleDict({name: Head() for name in self.encoders})
 
     def forward(self, batch):
-        """Batch of data.read_batch -> features {name: (B, D)} before the heads, never in bfloat16."""
+        """Batch of data.read_batch -> features {name: (B, D)} before the heads, not in bfloat16."""
         with torch.autocast(batch["ecg"].device.type, torch.bfloat16, enabled=self.amp):
-            features = {name: encode(batch[name]) for name, encode in self.encoders.items() if name in batch}
+            features = {
+                name: encode(batch[name]) for name, encode in self.encoders.items() if name in batch
+            }
         return {name: x.float() if x.dtype == torch.bfloat16 else x for name, x in features.items()}
 
     def embed(self, features):
