@@ -1,30 +1,35 @@
 """Data: raw ECG and CMR files, or synthetic hearts, become one cohort folder, read back in batches.
 
-    python data.py check manifest.csv                            # validate every row, write nothing
-    python data.py prepare manifest.csv cohort/                  # raw files -> cohort folder
-    python data.py synthesize cohort/ --subjects 3000 --seed 0   # a synthetic cohort
-    python data.py demo folder/ --subjects 12                    # the same hearts as raw files and a manifest
-    python data.py show cohort/ --subject ID --out x.png         # one ECG beside its ED and ES slices
+    python data.py check manifest.csv                           # validate every row, write nothing
+    python data.py prepare manifest.csv cohort/                 # raw files -> cohort folder
+    python data.py synthesize cohort/ --subjects 3000 --seed 0  # a synthetic cohort
+    python data.py demo folder/ --subjects 12                   # the same hearts as raw files
+    python data.py show cohort/ --subject ID --out x.png        # one ECG beside ED and ES slices
 
 The file reads downwards in the order of the data: readers, cleaning, manifest, cohort, batches,
 synthetic hearts, commands. Images are always (Z, Y, X): slice from base to apex, row, column.
 """
+
 import argparse
 import csv
+import gzip
 import hashlib
+import io
 import json
-import logging
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import struct
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
@@ -33,17 +38,17 @@ import nibabel
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
+from scipy import ndimage, sparse
 from scipy import signal as dsp
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 SAMPLING_RATE_HZ, SECONDS = 250, 10
+ECG_SHAPE = (len(LEADS), SECONDS * SAMPLING_RATE_HZ)
 GRID, SPACING_MM = (12, 64, 64), (10.0, 3.0, 3.0)  # 120 x 192 x 192 mm holds both ventricles
-COVARIATES = ("age", "sex", "bmi")
+COVARIATES, SPLITS = ("age", "sex", "bmi"), ("train", "val", "test")
+FILES = ("ecg", "ed", "es", "cine", "mask")  # columns of a manifest that name files
 FORMAT_VERSION = 1
-LARGEST_ECG_BYTES, LARGEST_IMAGE_VOXELS = 20_000_000, 120_000_000
-
-logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # its header repairs are our error messages
+LARGEST_ECG_MB, LARGEST_IMAGE_MB = 20, 320  # a cine of 320 x 320 x 15 x 50 as float32
 
 
 class InputError(Exception):
@@ -51,36 +56,57 @@ class InputError(Exception):
 
     def __init__(self, where, why):
         super().__init__(where, why)
-        self.where, self.why = str(where), why
+        self.where, self.why = printable(where), printable(why)
 
     def __str__(self):
         return f"{self.where}: {self.why}"
 
 
+def printable(text):
+    """Control characters out of a damaged file stay off the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def require(holds, where, why):
+    """The one way in which a rule is checked: raise InputError unless it holds."""
+    if not holds:
+        raise InputError(where, why)
+
+
 # ---------------------------------------------------------------- reading ECGs
 
+
 def read_ecg(path):
-    """Read a 12-lead ECG. Returns dict(ecg_mv (12, T) millivolt in LEADS order, sampling_rate_hz)."""
+    """Read a 12-lead ECG: dict(ecg_mv (12, T) millivolt in LEADS order, sampling_rate_hz)."""
     path = Path(path)
-    readers = {".xml": read_cardiosoft, ".hea": read_wfdb}
-    if path.suffix.lower() not in readers:
-        raise InputError(path, "is neither CardioSoft .xml nor WFDB .hea; convert it to one of them")
-    if path.stat().st_size > LARGEST_ECG_BYTES:
-        raise InputError(path, "is larger than 20 MB, which no 12-lead rest ECG is; check the file")
-    raw = readers[path.suffix.lower()](path)
-    rate, leads = raw["sampling_rate_hz"], raw["leads"]
+    reader = {".xml": read_cardiosoft, ".hea": read_wfdb}.get(path.suffix.lower())
+    require(reader, path, "is neither CardioSoft .xml nor WFDB .hea; convert it to one of them")
+    require_file(path)
+    require_ecg_size(path)
+    raw = reader(path)
+    leads, rate = raw["leads"], raw["sampling_rate_hz"]
     names = Counter(name for name, _ in leads)
-    wrong = [name for name in LEADS if names[name] != 1]
-    if wrong:
-        counts = ", ".join(f"{name} {names[name]} times" for name in wrong)
-        raise InputError(path, f"must hold each of the 12 leads once but holds {counts}")
-    if not 100 <= rate <= 10_000:
-        raise InputError(path, f"sampling rate {rate:g} Hz is not between 100 and 10,000; correct it")
-    lengths = {len(samples) for _, samples in leads}
-    if len(lengths) > 1:
-        raise InputError(path, f"has leads of different lengths {sorted(lengths)}; export it again")
+    wrong = ", ".join(f"{name} {names[name]} times" for name in LEADS if names[name] != 1)
+    lengths = sorted({len(samples) for _, samples in leads})
+    require(not wrong, path, f"must hold each of the 12 leads once but holds {wrong}; export all")
+    require(100 <= rate <= 1e4, path, f"sampling rate {rate:g} Hz is not within 100 to 10,000")
+    require(len(lengths) == 1, path, f"leads have different lengths {lengths}; export it again")
     leads = dict(leads)
     return {"ecg_mv": np.stack([leads[name] for name in LEADS]), "sampling_rate_hz": rate}
+
+
+def require_file(path):
+    try:
+        found = "a folder" if Path(path).is_dir() else "a file" if Path(path).is_file() else ""
+    except (OSError, ValueError):  # a name too long for the system, or with a zero byte in it
+        found = ""
+    require(found, path, "does not exist; correct the path")
+    require(found == "a file", path, "is a folder; name the file in it")
+
+
+def require_ecg_size(path):
+    small = path.stat().st_size <= LARGEST_ECG_MB * 1e6
+    require(small, path, f"is larger than {LARGEST_ECG_MB} MB, as no 12-lead rest ECG is; check it")
 
 
 def canonical_lead(name):
@@ -89,36 +115,43 @@ def canonical_lead(name):
 
 
 def read_cardiosoft(path):
-    """GE CardioSoft XML (UK Biobank field 20205): the 10 s rhythm of StripData, never median beats."""
+    """GE CardioSoft XML (UK Biobank field 20205): the 10 s rhythm of StripData, never median beats.
+
+    Returns, as read_wfdb does, dict(leads: list of (name, samples (T,) in mV), sampling_rate_hz).
+    """
     content = path.read_bytes()
-    if b"<!ENTITY" in content:
-        raise InputError(path, "declares XML entities, which no ECG export needs; refused for safety")
+    entities = b"<!ENTITY" in content.replace(b"\0", b"")  # as UTF-16, too
+    require(not entities, path, "declares XML entities, as no ECG export does; refused for safety")
     try:
         root = ElementTree.fromstring(content)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise InputError(path, f"is not readable XML ({error}); export it again") from None
-    if root.tag != "CardiologyXML":
-        raise InputError(path, f"is XML of another kind (<{root.tag}>), not CardioSoft <CardiologyXML>")
-    strip = root.find(".//StripData")
-    if strip is None:
-        raise InputError(path, "has no StripData, the 10 s rhythm; export the full disclosure ECG again")
-    numbers = {}
-    for tag in ("SampleRate", "Resolution"):
-        try:
-            numbers[tag] = float(strip.findtext(tag))
-        except (TypeError, ValueError):
-            raise InputError(path, f"StripData has no numeric {tag}; export it again") from None
-    if not 0.01 <= numbers["Resolution"] <= 100:
-        raise InputError(path, f"Resolution {numbers['Resolution']:g} µV per LSB is not plausible")
+    strip, again = root.find(".//StripData"), "export it again"
+    require(root.tag == "CardiologyXML", path, f"is <{root.tag:.40}>, not <CardiologyXML>; {again}")
+    require(strip is not None, path, f"has no StripData, the 10 s rhythm; {again} with it")
+    try:
+        rate, step_uv = (float(strip.findtext(tag)) for tag in ("SampleRate", "Resolution"))
+    except (TypeError, ValueError):
+        why = f"StripData has no numeric SampleRate and Resolution; {again}"
+        raise InputError(path, why) from None
+    require(0.01 <= step_uv <= 100, path, f"Resolution {step_uv:g} µV per LSB is absurd; {again}")
     leads = []
     for block in strip.findall("WaveformData"):
         name = canonical_lead(block.get("lead"))
         try:
             samples = np.array([int(sample) for sample in (block.text or "").split(",")], np.int32)
         except (ValueError, OverflowError) as error:
-            raise InputError(path, f"lead {name} holds a sample that is no integer ({error})") from None
-        leads.append((name, samples * (numbers["Resolution"] / 1000)))
-    return {"leads": leads, "sampling_rate_hz": numbers["SampleRate"]}
+            why = f"lead {name} holds a sample that is no integer ({error!s:.80}); {again}"
+            raise InputError(path, why) from None
+        leads.append((name, samples * (step_uv / 1000)))
+    return {"leads": leads, "sampling_rate_hz": rate}
+
+
+# file, format 16 (samples a frame, byte offset), gain (baseline) / unit, the rest
+WFDB_SIGNAL = re.compile(
+    r"(\S+)\s+16(?:x1)?(?:\+(\d{1,9}))?\s+([-+.\deE]+)(?:\(([-+]?\d{1,9})\))?(?:/(\S+))?(\s.*)?"
+)
+UNITS_MV = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "\ufffdv": 1e-3, "v": 1e3}
 
 
 def read_wfdb(path):
@@ -126,87 +159,86 @@ def read_wfdb(path):
     lines = [line.strip() for line in path.read_bytes().decode("utf-8", "replace").splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     try:
-        record, count, rate = (lines[0].split() + ["250"])[:3]  # the standard's default rate
-        count, rate = int(count), float(re.split("[/(]", rate)[0])
-        length = int(lines[0].split()[3])
+        record, count, rate, length = lines[0].split()[:4]
+        count, rate, length = int(count), float(re.split("[/(]", rate)[0]), int(length)
     except (IndexError, ValueError):
-        raise InputError(path, "first line must give record, signals, rate and length") from None
-    if "/" in record:
-        raise InputError(path, "is a multi-segment record; join its segments into one first")
-    if not 0 < count <= len(lines) - 1 or not 0 < length < 10_000_000:
-        raise InputError(path, f"announces {count} signals of {length} samples but lists {len(lines) - 1}")
-    pattern = re.compile(r"(\S+)\s+16(x1)?(:\d+)?(\+\d+)?\s+([-+.\deE]+)(\(([-+]?\d+)\))?(/(\S+))?(\s.*)?")
-    signals = []
-    for line in lines[1:count + 1]:
-        match = pattern.fullmatch(line)
-        if not match:
-            raise InputError(path, f"signal line '{line[:60]}' is not of format 16; convert the record")
-        name, _, _, offset, gain, _, baseline, _, unit, rest = match.groups()
-        rest = (rest or "").split(maxsplit=5)  # resolution, zero, first value, checksum, block size, lead
-        scale = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "v": 1e3}.get((unit or "mV").lower())
-        if scale is None:
-            raise InputError(path, f"unit '{unit}' is none of mV, uV, V; correct the header")
+        why = "first line must give record, number of signals, rate and length; correct it"
+        raise InputError(path, why) from None
+    require("/" not in record, path, "is a multi-segment record; join its segments into one first")
+    listed = f"announces {count} signals of {length} samples but lists {len(lines) - 1}; correct it"
+    require(0 < count < len(lines) and length > 0, path, listed)
+    signals = {}  # file -> its signals
+    for line in lines[1 : count + 1]:
+        match = WFDB_SIGNAL.fullmatch(line)
+        require(match, path, f"signal line '{line:.60}' is not of format 16; convert the record")
+        name, offset, gain, baseline, unit, rest = match.groups()
+        rest = (rest or "").split(maxsplit=5)  # bits, zero, first value, checksum, block size, lead
+        scale = UNITS_MV.get((unit or "mV").lower())
+        require(scale, path, f"unit '{unit}' is none of mV, uV, V; correct the header")
         try:
             gain, zero = float(gain), int(baseline or (rest[1] if len(rest) > 1 else 0))
         except ValueError:
             gain = 0.0
-        if not (np.isfinite(gain) and gain > 0):
-            raise InputError(path, f"gain in '{line[:60]}' is not a positive number; correct the header")
+        valid = 1e-6 < gain < 1e9
+        require(valid, path, f"gain in '{line:.60}' is not a positive number; correct the header")
         lead = canonical_lead(rest[5] if len(rest) > 5 else None)
-        signals.append((name, int(offset or 0), lead, zero, scale / gain))
+        signals.setdefault(name, []).append((lead, zero, scale / gain, int(offset or 0)))
     leads = []
-    for name in dict.fromkeys(entry[0] for entry in signals):
-        own = [entry for entry in signals if entry[0] == name]
+    for name, own in signals.items():
         source = path.parent / name
-        if Path(name).name != name or source.is_symlink():
-            raise InputError(path, f"signal file '{name}' lies outside the header's folder; move it there")
-        if not source.is_file():
-            raise InputError(path, f"signal file '{name}' is missing; put it beside the header")
-        samples = np.fromfile(source, "<i2", count=length * len(own), offset=own[0][1])
-        if len(samples) < length * len(own):
-            raise InputError(source, f"ends before the {length} samples its header announces")
-        samples = samples.reshape(length, len(own)).T.astype(np.float64)
+        inside = Path(name).name == name and len(name.encode()) < 256 and not source.is_symlink()
+        why = f"signal file '{name:.99}' is outside the header's folder; move it in"
+        require(inside, path, why)
+        require(source.is_file(), path, f"signal file '{name}' is missing; put it beside it")
+        require_ecg_size(source)
+        count, offset = length * len(own), own[0][3]
+        whole = source.stat().st_size >= offset + 2 * count
+        require(whole, source, f"ends before the {length} samples of its header; copy it again")
+        samples = np.fromfile(source, "<i2", count, offset=offset).reshape(length, len(own))
+        samples = samples.T.astype(np.float64)
         samples[samples == -32768] = np.nan  # the standard's mark of a missing sample
-        leads += [(lead, (row - zero) * scale)
-                  for row, (_, _, lead, zero, scale) in zip(samples, own, strict=True)]
-    return {"leads": [entry for entry in leads if entry[0] in LEADS], "sampling_rate_hz": rate}
+        for row, (lead, zero, scale, _) in zip(samples, own, strict=True):
+            leads += [(lead, (row - zero) * scale)] if lead in LEADS else []
+    return {"leads": leads, "sampling_rate_hz": rate}
 
 
-def clean_ecg(ecg_mv, sampling_rate_hz, mains_hz=50):
+def clean_ecg(ecg_mv, sampling_rate_hz, mains_hz=50, where="ECG"):
     """Millivolt (12, T) at any rate -> int16 microvolt (12, 2500) at 250 Hz, zero-phase filtered.
 
     High-pass 0.5 Hz against baseline wander, notch at mains_hz (0: none), the middle 10 s. There is
-    no z-score: voltage carries the mass of the heart. Returns dict(ecg, warnings); raises ValueError.
+    no z-score: voltage carries the mass of the heart. Returns dict(ecg, warnings).
     """
-    if not np.isfinite(ecg_mv).all():
-        raise ValueError("holds missing or non-finite samples; leave this recording out")
-    if ecg_mv.shape[1] < SECONDS * sampling_rate_hz - 1:
-        raise ValueError(f"lasts {ecg_mv.shape[1] / sampling_rate_hz:.2f} s but 10 s are needed")
-    flat = [name for name, lead in zip(LEADS, ecg_mv, strict=True) if np.ptp(lead) < 0.01]
-    if flat:
-        raise ValueError(f"lead {', '.join(flat)} is flat (below 0.01 mV); leave this recording out")
+    seconds = (ecg_mv.shape[1] + 1) / sampling_rate_hz  # exports of 10 s may lack the last sample
+    finite, leave = np.isfinite(ecg_mv).all(), "leave this recording out"
+    require(finite, where, f"holds missing or non-finite samples; {leave}")
+    require(seconds >= SECONDS, where, f"lasts {seconds:.2f} s but 10 s are needed; {leave}")
+    flat = ", ".join(name for name, lead in zip(LEADS, ecg_mv, strict=True) if np.ptp(lead) < 0.01)
+    require(not flat, where, f"lead {flat} is flat (below 0.01 mV); {leave}")
     ratio = Fraction(SAMPLING_RATE_HZ / sampling_rate_hz).limit_denominator(1000)
     ecg_mv = ecg_mv - np.median(ecg_mv, axis=1, keepdims=True)
     if ratio != 1:
         ecg_mv = dsp.resample_poly(ecg_mv, ratio.numerator, ratio.denominator, axis=1)
     ecg_mv = dsp.sosfiltfilt(ecg_filter(mains_hz), ecg_mv, axis=1, padlen=2 * SAMPLING_RATE_HZ)
-    samples = SECONDS * SAMPLING_RATE_HZ
-    if ecg_mv.shape[1] < samples:  # resampling 10 s may lose the last sample
-        ecg_mv = np.pad(ecg_mv, ((0, 0), (0, samples - ecg_mv.shape[1])), mode="edge")
-    start = (ecg_mv.shape[1] - samples) // 2
-    ecg_mv = ecg_mv[:, start:start + samples]
+    missing = max(0, ECG_SHAPE[1] - ecg_mv.shape[1])  # resampling 10 s may lose the last sample
+    ecg_mv = np.pad(ecg_mv, ((0, 0), (0, missing)), mode="edge")
+    start = (ecg_mv.shape[1] - ECG_SHAPE[1]) // 2
+    ecg_mv = ecg_mv[:, start : start + ECG_SHAPE[1]]
     peak, residual = np.abs(ecg_mv).max(), limb_lead_residual(ecg_mv)
-    if peak > 20:
-        raise ValueError(f"reaches {peak:.0f} mV, which no heart does; check gain and unit")
-    if residual > 0.2:
-        raise ValueError(f"limb leads contradict Einthoven and Goldberger (residual {residual:.0%}); "
-                         "check for exchanged or inverted leads")
+    require(peak <= 20, where, f"reaches {peak:.0f} mV, as no heart does; check gain and unit")
+    exchanged = f"limb leads contradict Einthoven and Goldberger (residual {residual:.0%})"
+    require(residual <= 0.2, where, f"{exchanged}; check for exchanged or inverted leads")
     warnings = []
     if peak > 6 or np.ptp(ecg_mv, axis=1).max() < 0.3:
         warnings.append("ECG amplitude is outside the usual 0.3 to 6 mV")
     if residual > 0.05:
         warnings.append("limb leads agree only roughly with Einthoven and Goldberger")
     return {"ecg": np.round(ecg_mv.clip(-10, 10) * 1000).astype(np.int16), "warnings": warnings}
+
+
+def read_clean_ecg(path, mains_hz=50):
+    """Read and clean one ECG file: dict(ecg int16 (12, 2500) microvolt, warnings)."""
+    ecg = read_ecg(path)
+    return clean_ecg(ecg["ecg_mv"], ecg["sampling_rate_hz"], mains_hz, path)
 
 
 @lru_cache
@@ -237,113 +269,133 @@ SHORT_AXIS = np.array([[-0.61, 0.61, -0.51], [0.36, -0.36, -0.86], [-0.71, -0.71
 
 
 def open_nifti(path, dimensions=(3,)):
-    """Open a short-axis NIfTI without reading its voxels and check what its header announces.
+    """Read the header of a short-axis NIfTI and check what it announces.
 
-    Returns dict(path, image, axes, flips, spacing_mm (z, y, x), affine or None); `arrange` turns an
-    array of the file into (Z, Y, X). The slice axis is the one with the thickest voxels. Where the
-    affine is sane (its columns are as long as the voxels), axes are flipped so that every stack runs
-    in the same anatomical direction; nothing is ever mirrored otherwise.
+    Returns dict(path, shape, axes, flips, spacing_mm (z, y, x), affine or None, dtype, offset,
+    scaling), after which read_voxels orders the file. The slice axis is the one with the thickest
+    voxels. Where the affine is sane (orthogonal columns as long as the voxels), rows and columns
+    are told apart by it and axes flipped so that every stack runs in the same anatomical
+    directions; nothing is ever mirrored otherwise.
     """
+    require_file(path)
     try:
-        image = nibabel.load(path)
-        with nibabel.openers.ImageOpener(path) as file:  # as written: nibabel repairs a zero spacing
-            spacing = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4].astype(float)
+        head = read_start(path, 540)
+        kind = nibabel.Nifti2Header if head[4:7] == b"n+2" else nibabel.Nifti1Header
+        if b"n+1" != head[344:347] and b"n+2" != head[4:7]:
+            raise ValueError("no NIfTI mark")
+        size = kind.template_dtype.itemsize
+        header = kind(head[:size], check=False)  # as written: nibabel would repair a zero spacing
+        shape, voxel = header.get_data_shape(), header.get_data_dtype()
+        scaling, offset = header.get_slope_inter(), int(header["vox_offset"])
+        spacing = header["pixdim"][1:4].astype(float)
+        affine = np.array(header.get_best_affine(), float)
+        placed = header["sform_code"] > 0 or header["qform_code"] > 0
     except Exception as error:
-        raise InputError(path, f"is not a readable NIfTI file ({str(error)[:80]})") from None
-    shape = image.shape[:3] if len(image.shape) == 4 and image.shape[3] == 1 else image.shape
-    if len(shape) not in dimensions:
-        wanted = " or ".join(f"{n}D" for n in dimensions)
-        raise InputError(path, f"is {len(shape)}D {shape} but {wanted} is needed; see cine in the README")
-    if np.prod([float(n) for n in shape]) > LARGEST_IMAGE_VOXELS or min(shape) < 1:
-        raise InputError(path, f"announces an impossible size {shape}; convert it again")
-    if image.get_data_dtype().kind not in "iuf":
-        raise InputError(path, f"holds {image.get_data_dtype()} voxels, not grey levels")
-    if not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise InputError(path, f"voxel spacing {spacing.tolist()} mm is not positive; correct the header")
+        raise InputError(path, f"is not a readable NIfTI file ({error!s:.80})") from None
+    shape = shape[:3] if len(shape) == 4 and shape[3] == 1 else shape
+    wanted, again = " or ".join(f"{n}D" for n in dimensions), "convert it again"
+    flat = f"is {len(shape)}D {shape} but {wanted} is needed; see the manifest's columns"
+    require(len(shape) in dimensions, path, flat)
+    require(voxel.kind in "iuf", path, f"holds {voxel} voxels, not grey levels; {again}")
+    size_mb = math.prod(shape) * max(voxel.itemsize, 4) / 1e6
+    possible = min(shape) > 0 and size_mb <= LARGEST_IMAGE_MB and 0 <= offset < 1e7
+    require(possible, path, f"announces an impossible size {shape}; {again}")
+    positive = f"voxel spacing {spacing.tolist()} mm is not positive and plausible"
+    require(all(0.1 < mm < 100 for mm in spacing), path, f"{positive}; correct the header")
     thick = 2 - int(np.argmax(spacing[::-1]))  # the last of equals
     axes = [thick] + [axis for axis in (2, 1, 0) if axis != thick]
-    if shape[thick] < 3 or min(shape[axis] for axis in axes[1:]) < 16:
-        raise InputError(path, f"has {shape[thick]} slices of {[shape[a] for a in axes[1:]]} pixels; "
-                               "a short-axis stack needs at least 3 of 16 x 16")
-    affine, flips = np.array(image.affine, float), [1, 1, 1]
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    if np.isfinite(affine).all() and np.allclose(lengths, spacing, rtol=0.02):
+    slices, *pixels = (shape[axis] for axis in axes)
+    small = f"has {slices} slices of {pixels} pixels; a short-axis stack has at least 3 of 16 x 16"
+    require(slices >= 3 and min(pixels) >= 16, path, small)
+    unit, flips = affine[:3, :3] / spacing, [1, 1, 1]
+    sane = placed and np.isfinite(affine).all() and np.allclose(unit.T @ unit, np.eye(3), atol=0.04)
+    if sane:
+        _, row, column = np.abs(SHORT_AXIS @ unit)  # how much each stored axis runs along them
+        if row[axes[2]] + column[axes[1]] > row[axes[1]] + column[axes[2]]:
+            axes[1:] = axes[:0:-1]
         affine = affine[:, axes + [3]]
         flips = [1 if affine[:3, k] @ SHORT_AXIS[k] >= 0 else -1 for k in range(3)]
         for k in range(3):
             if flips[k] < 0:  # the origin moves to the other end of a flipped axis
                 affine[:, 3] += affine[:, k] * (shape[axes[k]] - 1)
                 affine[:, k] *= -1
-    else:
-        affine = None
-    return {"path": path, "image": image, "axes": axes, "flips": flips, "spacing_mm": spacing[axes],
-            "affine": affine}
+    placing = {"axes": axes, "flips": flips, "affine": affine if sane else None}
+    voxels = {"dtype": voxel, "offset": max(offset, size + 4), "scaling": scaling}
+    return {"path": path, "shape": shape, "spacing_mm": spacing[axes], **placing, **voxels}
 
 
-def arrange(voxels, nifti):
-    """(i, j, k[, T]) as stored -> (Z, Y, X[, T]) as described in open_nifti."""
-    order = nifti["axes"] + list(range(3, voxels.ndim))
-    return voxels.transpose(order)[tuple(slice(None, None, flip) for flip in nifti["flips"])]
+def read_start(path, count):
+    """The first bytes of a file, unpacked where its name ends in .gz."""
+    with (gzip.open if str(path).lower().endswith(".gz") else open)(path, "rb") as file:
+        return file.read(count)
 
 
 def read_voxels(nifti):
     """All voxels of an opened NIfTI as float32 (Z, Y, X[, T]) in scanner units."""
-    path = nifti["path"]
-    try:
-        voxels = np.asarray(nifti["image"].dataobj, np.float32)  # get_fdata: float64 and cached
+    path, shape, (slope, intercept) = nifti["path"], nifti["shape"], nifti["scaling"]
+    count, offset = math.prod(shape), nifti["offset"]
+    try:  # one byte more than needed: at its end a .gz verifies its checksum
+        content = read_start(path, offset + count * nifti["dtype"].itemsize + 1)
+        voxels = np.frombuffer(content, nifti["dtype"], count, offset)
     except Exception as error:
-        raise InputError(path, f"breaks off or cannot be decoded ({str(error)[:80]})") from None
-    voxels = arrange(voxels, nifti)
-    if not np.isfinite(voxels).all():
-        raise InputError(path, "holds NaN or infinite voxels; convert it again")
-    return voxels[..., 0] if voxels.ndim == 4 and voxels.shape[3] == 1 else voxels
+        why = f"breaks off or cannot be decoded ({error!s:.80}); copy it again"
+        raise InputError(path, why) from None
+    with np.errstate(all="ignore"):  # what overflows is found below
+        voxels = voxels.reshape(shape, order="F").astype(np.float32)
+        if slope is not None and (slope, intercept) != (1, 0):
+            voxels = voxels * np.float32(slope) + np.float32(intercept)
+    plausible = -1e9 < voxels.min() and voxels.max() < 1e9  # false for NaN
+    require(plausible, path, "holds NaN, infinite or absurd voxels; convert it again")
+    voxels = voxels.transpose(nifti["axes"] + list(range(3, voxels.ndim)))  # -> (Z, Y, X[, T])
+    return voxels[tuple(slice(None, None, flip) for flip in nifti["flips"])]
 
 
 def read_phases(row):
-    """The two phases of a manifest row: dict(ed, es (Z, Y, X) float32, spacing_mm, mask, warnings)."""
-    warnings, mask = [], None
+    """One manifest row: dict(ed, es (Z, Y, X) float32, spacing_mm, mask, warnings, path)."""
+    warnings, mask, path = [], None, row.get("cine") or row["es"]
     if row.get("cine"):
-        stack = open_nifti(row["cine"], dimensions=(4,))
+        stack = open_nifti(path, dimensions=(4,))
         frames = read_voxels(stack)  # (Z, Y, X, T)
-        numbers = {}
+        last, given = frames.shape[3] - 1, {}
         for key in ("ed_frame", "es_frame"):
-            if row.get(key):
-                numbers[key] = int(row[key]) if row[key].isdigit() else -1
-                if not 0 <= numbers[key] < frames.shape[3]:
-                    raise InputError(row["cine"], f"{key} '{row[key]}' is not a frame number from 0 to "
-                                                  f"{frames.shape[3] - 1}; correct the manifest")
-        ed = frames[..., numbers.get("ed_frame", 0)]
-        if "es_frame" not in numbers:
-            numbers["es_frame"] = estimate_es_frame(frames, ed, stack["spacing_mm"])
+            text = row.get(key) or ""
+            valid = not text or (text.isdecimal() and len(text) < 6 and int(text) <= last)
+            wrong = f"{key} '{text}' is not a frame number from 0 to {last}; correct the manifest"
+            require(valid, path, wrong)
+            given[key] = int(text) if text else None
+        ed = frames[..., given["ed_frame"] or 0]
+        if given["es_frame"] is None:
+            given["es_frame"] = estimate_es_frame(frames, ed, stack["spacing_mm"])
             warnings.append("ES frame was estimated from the images")
-        es = frames[..., numbers["es_frame"]]
+        es = frames[..., given["es_frame"]]
     else:
         stack, other = open_nifti(row["ed"]), open_nifti(row["es"])
         ed, es = read_voxels(stack), read_voxels(other)
-        alike = ed.shape == es.shape and np.allclose(stack["spacing_mm"], other["spacing_mm"], rtol=1e-3)
-        placed = stack["affine"] is not None and other["affine"] is not None
-        if placed and not (alike and np.allclose(stack["affine"], other["affine"], atol=0.1)):
-            to_es = np.linalg.inv(other["affine"]) @ stack["affine"]  # ED voxel -> ES voxel
-            es = ndimage.affine_transform(es, to_es[:3, :3], to_es[:3, 3], ed.shape, order=1)
-        elif not alike:
-            raise InputError(row["es"], f"its grid {es.shape} differs from ED's {ed.shape} and the affines "
-                                        "do not place both in the scanner; resample one onto the other")
-    where = row.get("cine") or row["es"]
-    if np.ptp(ed) == 0 or np.ptp(es) == 0:
-        raise InputError(where, "a phase is one constant grey level; convert it again")
-    if np.array_equal(ed, es):
-        raise InputError(where, "ED and ES are the same image; name two different phases")
+        close = np.allclose(stack["spacing_mm"], other["spacing_mm"], rtol=1e-3)
+        alike = ed.shape == es.shape and close
+        if stack["affine"] is not None and other["affine"] is not None:
+            if not (alike and np.allclose(stack["affine"], other["affine"], atol=0.1)):
+                to_es = np.linalg.inv(other["affine"]) @ stack["affine"]  # ED voxel -> ES voxel
+                turn, shift = to_es[:3, :3], to_es[:3, 3]  # mode: "constant" blackens edge slices
+                how = {"order": 1, "mode": "grid-constant"}
+                es = ndimage.affine_transform(es, turn, shift, ed.shape, **how)
+        else:
+            differs = f"its grid {es.shape} is not ED's {ed.shape} and no affines place both"
+            require(alike, path, f"{differs}; resample one onto the other")
+    for phase, file in ((ed, row.get("cine") or row["ed"]), (es, path)):
+        require(np.ptp(phase) > 0, file, "a phase is one constant grey level; convert it again")
+    require(not np.array_equal(ed, es), path, "ED and ES are the same image; name two phases")
     if row.get("mask"):
-        labels = open_nifti(row["mask"])
-        if labels["image"].shape[:3] != stack["image"].shape[:3]:
-            raise InputError(row["mask"], f"its grid {labels['image'].shape} is not ED's; use ED's label map")
+        labels, wanted = open_nifti(row["mask"]), stack["shape"][:3]
+        other = f"its grid {labels['shape']} is not ED's {wanted}; use ED's label map"
+        require(labels["shape"] == wanted, row["mask"], other)
         mask = read_voxels({**labels, "axes": stack["axes"], "flips": stack["flips"]}) > 0
-        if not mask.any():
-            raise InputError(row["mask"], "labels no voxel; leave the cell empty or segment the heart")
+        require(mask.any(), row["mask"], "labels no voxel; empty the cell or segment the heart")
     spacing = stack["spacing_mm"]
     if not (4 <= spacing[0] <= 15 and 0.5 <= spacing[1] <= 4 and 0.5 <= spacing[2] <= 4):
-        warnings.append("voxel spacing is unusual (expected 4-15 mm between slices, 0.5-4 mm in plane)")
-    return {"ed": ed, "es": es, "spacing_mm": spacing, "mask": mask, "warnings": warnings}
+        warnings.append("voxel spacing is unusual (expected 4-15 mm of slices, 0.5-4 mm in plane)")
+    found = {"ed": ed, "es": es, "mask": mask}
+    return {**found, "spacing_mm": spacing, "warnings": warnings, "path": path}
 
 
 def motion_box(ed, es, spacing_mm):
@@ -354,12 +406,22 @@ def motion_box(ed, es, spacing_mm):
     """
     motion = np.abs(ed - es).mean(axis=0)  # (Y, X)
     motion = ndimage.gaussian_filter(motion, [6 / mm for mm in spacing_mm[1:]])
-    y, x = ((np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(motion.shape, spacing_mm[1:], strict=True))
+    y, x = centered_mm(motion.shape, spacing_mm[1:])
     motion = motion * np.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * 70**2))
     parts, _ = ndimage.label(motion > 0.3 * motion.max())
     heart = parts == parts[np.unravel_index(motion.argmax(), motion.shape)]
-    rows, columns = np.nonzero(heart.any(axis=1))[0], np.nonzero(heart.any(axis=0))[0]
-    return np.array([[0, len(ed) - 1], rows[[0, -1]], columns[[0, -1]]])
+    return np.array([[0, len(ed) - 1], *extent(heart)])
+
+
+def centered_mm(shape, spacing_mm):
+    """Places of the pixels along each axis in mm from the middle of the image."""
+    return ((np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(shape, spacing_mm, strict=True))
+
+
+def extent(mask):
+    """First and last voxel of a mask along each of its axes."""
+    axes = set(range(mask.ndim))
+    return [np.flatnonzero(mask.any(axis=tuple(axes - {k})))[[0, -1]] for k in sorted(axes)]
 
 
 def blood_pool(volume, box, threshold):
@@ -372,8 +434,7 @@ def estimate_es_frame(frames, ed, spacing_mm):
     """Frame of (Z, Y, X, T) with the least blood in the region that moves over the cycle."""
     box = motion_box(frames.max(axis=3), frames.min(axis=3), spacing_mm)
     middle = np.percentile(ed, [1, 99]).mean()
-    blood = [blood_pool(frames[..., t], box, middle) for t in range(frames.shape[3])]
-    return int(np.argmin(blood))
+    return int(np.argmin([blood_pool(frame, box, middle) for frame in np.moveaxis(frames, 3, 0)]))
 
 
 def sampling_weights(size, spacing_mm, first_mm, new_size, new_spacing_mm):
@@ -387,7 +448,7 @@ def sampling_weights(size, spacing_mm, first_mm, new_size, new_spacing_mm):
     margin = int(np.ceil(step))
     weights = np.maximum(0, 1 - np.abs(places[:, None] - np.arange(-margin, size + margin)) / step)
     weights /= np.maximum(weights.sum(axis=1, keepdims=True), 1e-6)  # as if the stack went on
-    return weights[:, margin:margin + size].astype(np.float32)
+    return weights[:, margin : margin + size].astype(np.float32)
 
 
 def box_weights(shape, spacing_mm, center, grid, grid_spacing_mm):
@@ -396,80 +457,86 @@ def box_weights(shape, spacing_mm, center, grid, grid_spacing_mm):
     The first new sample is put on an old one (at most half a voxel away), so that a stack that
     already has the grid's spacing is cropped without any blur.
     """
-    return [sampling_weights(n, mm, round(c - (m - 1) / 2 * new / mm) * mm, m, new)
-            for n, mm, c, m, new in zip(shape, spacing_mm, center, grid, grid_spacing_mm, strict=True)]
+    axes = zip(shape, spacing_mm, center, grid, grid_spacing_mm, strict=True)
+    return [
+        sampling_weights(n, mm, round(c - (m - 1) / 2 * new / mm) * mm, m, new)
+        for n, mm, c, m, new in axes
+    ]
 
 
 def resample(volume, weights):
-    """(Z, Y, X) -> grid, one matrix product per axis."""
-    volume = weights[1] @ (volume @ weights[2].T)  # (Z, Y, X) -> (Z, Y, x) -> (Z, y, x)
-    return np.tensordot(weights[0], volume, axes=1)  # (z, y, x)
+    """(Z, Y, X) -> grid, axis by axis; few weights are not 0, and outside the box none at all."""
+    inside = [np.flatnonzero(matrix.any(axis=0)) for matrix in weights]
+    box = tuple(slice(used[0], used[-1] + 1) for used in inside)
+    volume = volume[box]
+    for matrix, part in zip(weights, box, strict=True):  # each time the next axis comes first
+        matrix = sparse.csr_array(matrix[:, part])
+        flat = matrix @ volume.reshape(len(volume), -1)
+        volume = np.moveaxis(flat.reshape(len(flat), *volume.shape[1:]), 0, -1)
+    return np.ascontiguousarray(volume)
 
 
 def center_heart(phases, grid=GRID, grid_spacing_mm=SPACING_MM):
-    """One box and one intensity window for both phases: a box each would normalise contraction away.
+    """One box and one intensity window for both phases, as two would normalise contraction away.
 
     Returns dict(ed, es uint8 (Z, Y, X), weights, warnings).
     """
     ed, es, spacing = phases["ed"], phases["es"], phases["spacing_mm"]
-    if phases["mask"] is not None:
-        extent = [np.nonzero(phases["mask"].any(axis=other))[0][[0, -1]]
-                  for other in ((1, 2), (0, 2), (0, 1))]
-        box = np.array(extent)
-    else:
-        box = motion_box(ed, es, spacing)
+    masked, warnings = phases["mask"] is not None, list(phases["warnings"])
+    box = np.array(extent(phases["mask"])) if masked else motion_box(ed, es, spacing)
     weights = box_weights(ed.shape, spacing, box.mean(axis=1), grid, grid_spacing_mm)
-    inside = np.ix_(*(axis.sum(axis=1) > 0.5 for axis in weights))  # not the margin beyond the stack
+    inside = np.ix_(*(axis.sum(axis=1) > 0.5 for axis in weights))  # the stack, without margin
     new_ed, new_es = resample(ed, weights), resample(es, weights)
     low, high = np.percentile(np.stack([new_ed[inside], new_es[inside]]), [1, 99])
-    if not high > low:
-        raise ValueError("shows one constant grey level around the heart; check the image or its mask")
-    warnings = list(phases["warnings"])
+    constant = "shows one constant grey level around the heart; check the image or its mask"
+    require(high > low, phases.get("path"), constant)
     if (np.ptp(box, axis=1)[1:] * spacing[1:] > 0.9 * np.multiply(grid, grid_spacing_mm)[1:]).any():
         warnings.append("the heart touches the border of the box")
     if blood_pool(es, box, (low + high) / 2) > blood_pool(ed, box, (low + high) / 2):
-        warnings.append("ES seems to hold more blood than ED; check that the phases are not exchanged")
-    ed, es = (np.round(((phase - low) / (high - low)).clip(0, 1) * 255).astype(np.uint8)
-              for phase in (new_ed, new_es))
+        warnings.append("ES seems to hold more blood than ED; check that they are not exchanged")
+    scaled = (((phase - low) / (high - low)).clip(0, 1) * 255 for phase in (new_ed, new_es))
+    ed, es = (np.round(phase).astype(np.uint8) for phase in scaled)
     return {"ed": ed, "es": es, "weights": weights, "warnings": warnings}
 
 
 # ---------------------------------------------------------------- manifest
+
 
 def read_table(path, required):
     """Read a CSV (comma or ';', UTF-8, BOM allowed) as a list of dicts, each with its line number.
 
     A row that breaks a rule carries its reason under 'wrong', so that the rest can go on.
     """
+    require_file(path)
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror}); give the path of a CSV file") from None
     except UnicodeDecodeError as error:
-        raise InputError(path, f"is not UTF-8 (byte {error.start}); save it as 'CSV UTF-8'") from None
+        why = f"is not UTF-8 (byte {error.start}); save it as 'CSV UTF-8'"
+        raise InputError(path, why) from None
     head = text.split("\n", 1)[0]
-    lines = csv.reader(text.splitlines(), delimiter=";" if head.count(";") > head.count(",") else ",")
+    comma = ";" if head.count(";") > head.count(",") else ","
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=comma)
     try:
         rows = [(lines.line_num, [cell.strip() for cell in line]) for line in lines if any(line)]
     except csv.Error as error:
-        raise InputError(path, f"line {lines.line_num} is not CSV ({error})") from None
+        raise InputError(path, f"line {lines.line_num} is not CSV ({error}); correct it") from None
     columns = rows[0][1] if rows else []
-    missing = [name for name in required if name not in columns]
-    if missing or len(set(columns)) < len(columns):
-        fault = f"has no column {', '.join(missing)}" if missing else "names a column twice"
-        raise InputError(path, f"{fault}; its header is {','.join(columns) or 'empty'}")
-    if len(rows) < 2:
-        raise InputError(path, "has a header but no rows; add one row a subject")
+    missing, own = ", ".join(set(required) - set(columns)), [*columns, "line", "wrong"]
+    header = f"its header is {','.join(columns)[:200] or 'empty'}"
+    require(not missing, path, f"has no column {missing}; {header}")
+    twice = f"names a column twice, or 'line' or 'wrong', which are taken; {header}"
+    require(len(set(own)) == len(own), path, twice)
+    require(len(rows) > 1, path, "has a header but no rows; add one row a subject")
     table, seen = [], {}
     for line, cells in rows[1:]:
-        row = dict(zip(columns, cells, strict=False)) | {"line": line}
+        row = dict.fromkeys(columns, "") | dict(zip(columns, cells, strict=False)) | {"line": line}
         if len(cells) != len(columns):
-            row["wrong"] = f"line {line} has {len(cells)} cells but the header {len(columns)}"
+            row["wrong"] = f"line {line} has {len(cells)} cells, not {len(columns)}; even them"
         elif not row["id"]:
             row["wrong"] = f"line {line} has an empty id; give each subject one"
         elif row["id"] in seen:
             row["wrong"] = f"id stands in line {seen[row['id']]} already; keep one row a subject"
-        seen.setdefault(row.get("id"), line)
+        seen.setdefault(row["id"], line)
         table.append(row)
     return table
 
@@ -484,32 +551,33 @@ def number(text):
 
 
 def read_manifest(path):
-    """Read and check a manifest. Returns dict(rows, columns, ignored): columns are those kept."""
+    """Read and check a manifest: dict(path, rows, columns (those kept), ignored (text columns))."""
     rows = read_table(path, ("id", "ecg"))
-    files = [name for name in ("ecg", "ed", "es", "cine", "mask") if name in rows[0]]
-    if not ({"ed", "es"} <= set(files) or "cine" in files):
-        raise InputError(path, "has neither columns ed and es nor a column cine; add the CMR files")
-    plain = [name for name in rows[0]
-             if name not in (*files, "id", "line", "split", "wrong", "ed_frame", "es_frame")]
-    texts = [name for name in plain if name not in COVARIATES
-             and all(number(row.get(name, "")) is None for row in rows if row.get(name))]
-    columns = [name for name in plain if name not in texts]
-    folder = Path(path).parent
+    files = [name for name in FILES if name in rows[0]]
+    cmr = {"ed", "es"} <= set(files) or "cine" in files
+    require(cmr, path, "has neither columns ed and es nor a column cine; add the CMR files")
+    taken = {*files, "id", "line", "split", "wrong", "ed_frame", "es_frame"}
+    columns, ignored = [], []
+    for name in (name for name in rows[0] if name not in taken):
+        values = [number(row[name]) for row in rows if row.get(name)]
+        kept = name in COVARIATES or any(value is not None for value in values)
+        (columns if kept else ignored).append(name)
     for row in rows:
-        if "wrong" in row:
-            continue
-        bad = [name for name in columns if number(row[name]) is None]
-        if bad:
-            row["wrong"] = f"{bad[0]} '{row[bad[0]]}' is not a number; correct or empty the cell"
-        elif row.get("sex") and number(row["sex"]) not in (0, 1):
-            row["wrong"] = f"sex '{row['sex']}' is neither 0 (female) nor 1 (male); recode it"
-        elif "split" in row and row["split"] not in ("train", "val", "test"):
-            row["wrong"] = f"split '{row['split']}' is none of train, val, test; correct it"
-        elif not row["ecg"] or not (row.get("cine") or (row.get("ed") and row.get("es"))):
-            row["wrong"] = "names no ECG or no pair of ED and ES (or cine); fill the cells"
-        row.update({name: str(folder / row[name]) for name in files if row.get(name)})
-        row.setdefault("split", split_of(row["id"]))
-    return {"rows": rows, "columns": columns, "ignored": texts}
+        if "wrong" not in row:
+            bad = next((name for name in columns if number(row[name]) is None), "")
+            split, sex = row.get("split"), row.get("sex")
+            cmr = row.get("cine") or (row.get("ed") and row.get("es"))
+            rules = (
+                (not bad, f"{bad} '{row.get(bad)}' is not a number; correct or empty the cell"),
+                (number(sex) in (0, 1) or not sex, f"sex '{sex}' is not 0 (female) or 1 (male)"),
+                (not split or split in SPLITS, f"split '{split}' is none of train, val, test"),
+                (row["ecg"] and cmr, "names no ECG or no pair of ED and ES (or cine); fill it in"),
+            )
+            broken = [why for holds, why in rules if not holds]
+            row |= {"wrong": broken[0]} if broken else {}
+            row |= {name: str(Path(path).parent / row[name]) for name in files if row[name]}
+            row["split"] = split or split_of(row["id"])
+    return {"path": path, "rows": rows, "columns": columns, "ignored": ignored}
 
 
 def split_of(subject):
@@ -518,115 +586,135 @@ def split_of(subject):
     return "train" if place < 0.70 else "val" if place < 0.85 else "test"
 
 
-def prepare_row(row, mains_hz, grid, spacing_mm):
-    """One manifest row -> one cohort row, or the reason why not. Never raises: others must go on."""
+def prepare_row(row, manifest, mains_hz=50, grid=GRID, spacing_mm=SPACING_MM):
+    """One manifest row -> one cohort row, or the reason why not; never raises, as others go on."""
     try:
-        if "wrong" in row:
-            raise InputError("manifest", row["wrong"])
-        for name in ("ecg", "ed", "es", "cine", "mask"):
-            if row.get(name) and not Path(row[name]).is_file():
-                raise InputError(row[name], f"{name} is a folder" if Path(row[name]).is_dir() else
-                                 f"{name} file does not exist; correct the path in the manifest")
+        require("wrong" not in row, manifest, row.get("wrong"))
+        for name in FILES:
+            if row.get(name):
+                require_file(row[name])
         ecg, phases = read_clean_ecg(row["ecg"], mains_hz), read_phases(row)
-        try:
-            heart = center_heart(phases, grid, spacing_mm)
-        except ValueError as error:
-            raise InputError(row.get("cine") or row["ed"], str(error)) from None
+        heart = center_heart(phases, grid, spacing_mm)
     except InputError as error:
         return {"id": row.get("id", ""), "file": error.where, "reason": error.why}
     except Exception as error:  # a file that breaks a reader must not stop the other 34,000
-        return {"id": row["id"], "file": row["ecg"], "reason": f"unreadable ({type(error).__name__}: {error})"}
-    return {"row": row, "ecg": ecg["ecg"], "ed": heart["ed"], "es": heart["es"],
-            "warnings": ecg["warnings"] + heart["warnings"]}
+        why = f"cannot be read ({type(error).__name__}: {error}); check the row's files"
+        return {"id": row["id"], "file": row["ecg"], "reason": why}
+    warnings = [*ecg["warnings"], *heart["warnings"], *implausible(row)]
+    arrays = {"ecg": ecg["ecg"], "ed": heart["ed"], "es": heart["es"]}
+    return {"row": row, **arrays, "warnings": warnings}
 
 
-def read_clean_ecg(path, mains_hz=50):
-    """Read and clean one ECG file: dict(ecg int16 (12, 2500) microvolt, warnings)."""
-    ecg = read_ecg(path)
-    try:
-        return clean_ecg(ecg["ecg_mv"], ecg["sampling_rate_hz"], mains_hz)
-    except ValueError as error:
-        raise InputError(path, str(error)) from None
+PLAUSIBLE = {"age": (16, 110), "bmi": (12, 70), "LVEF_pct": (5, 90), "RVEF_pct": (5, 90)}
+
+
+def implausible(row):
+    """Warnings about covariates and phenotypes that no adult has or that contradict one another."""
+    names = (*PLAUSIBLE, "LVEDV_ml", "LVESV_ml")
+    values = {name: number(row.get(name, "")) for name in names}  # nan: unknown, compares as false
+    for name, (low, high) in PLAUSIBLE.items():
+        if values[name] < low or values[name] > high:
+            yield f"{name} is implausible (outside {low} to {high})"
+    edv, esv, ef = values["LVEDV_ml"], values["LVESV_ml"], values["LVEF_pct"]
+    if abs(100 * (edv - esv) - ef * edv) > 3 * edv:
+        yield "LVEF_pct is not 100 (LVEDV_ml - LVESV_ml) / LVEDV_ml"
 
 
 def in_parallel(function, tasks, workers, what):
     """Yield function(task) in order from several processes, with rate and time left on stderr."""
-    started, shown = time.time(), 0.0
-    workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    pool = ProcessPoolExecutor(workers, initializer=signal.signal,
-                               initargs=(signal.SIGINT, signal.SIG_IGN))
+    started, shown, live = time.time(), 0.0, sys.stderr.isatty()
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    pool = ProcessPoolExecutor(workers or len(cores), initializer=serve)
     try:
         for done, result in enumerate(pool.map(function, tasks, chunksize=8), start=1):
             yield result
-            if time.time() - shown > (0.5 if sys.stderr.isatty() else 10) or done == len(tasks):
+            if time.time() - shown > (0.5 if live else 10) or done == len(tasks):
                 shown = time.time()
                 rate = done / (shown - started)
-                print(f"{what}: {done}/{len(tasks)} subjects, {rate:.0f}/s, "
-                      f"{(len(tasks) - done) / rate:.0f} s left", file=sys.stderr,
-                      end="\r" if sys.stderr.isatty() and done < len(tasks) else "\n")
+                text = f"{what}: {done}/{len(tasks)} subjects, {rate:.0f}/s"
+                end = "\r" if live and done < len(tasks) else "\n"
+                print(f"{text}, {(len(tasks) - done) / rate:.0f} s left", file=sys.stderr, end=end)
+    except BrokenProcessPool:
+        why = "a process was killed, most likely for lack of memory; use fewer processes"
+        raise InputError("--workers", why) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
+def serve():
+    """In a worker: leave Ctrl-C to the parent, and end with it should it be killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 # ---------------------------------------------------------------- cohort folder
+
 
 def write_cohort(folder, prepared, columns, grid, spacing_mm, source):
     """Write prepared subjects as they come: aside first, renamed when complete.
 
-    prepared: iterable of dict(ecg, ed, es, warnings, row) or dict(id, file, reason). Memory does not
-    grow with their number. Returns dict(counts, warnings (Counter), rejected (list)).
+    prepared: iterable of dict(ecg, ed, es, warnings, row) or dict(id, file, reason); memory does
+    not grow with their number. Returns dict(counts, warnings (Counter), rejected (list)).
     """
     folder = Path(os.path.abspath(folder))
     aside, old = (folder.with_name(folder.name + end) for end in (".partial", ".old"))
-    if folder.exists() and not (folder / "cohort.json").is_file() and any(folder.iterdir()):
-        raise InputError(folder, "exists and is no cohort; choose another name")
-    for leftover in (aside, old):
-        if leftover.exists():
-            print(f"removing {leftover}, left by an interrupted run", file=sys.stderr)
-            shutil.rmtree(leftover)
-    aside.mkdir(parents=True)
-    shapes = {"ecg": (len(LEADS), SECONDS * SAMPLING_RATE_HZ), "ed": tuple(grid), "es": tuple(grid)}
+    free = not folder.exists() or (folder / "cohort.json").is_file() or not any(folder.iterdir())
+    require(free, folder, "exists and is no cohort; choose another name")
+
+    def tidy():  # whatever happened, the old cohort or the new one bears the name
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for leftover in (aside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    if aside.exists() or old.exists():
+        print(f"tidying up after an interrupted run that wrote {folder}", file=sys.stderr)
+        tidy()
+    shapes = {"ecg": ECG_SHAPE, "ed": tuple(grid), "es": tuple(grid)}
     rows, rejected, warnings = [], [], Counter()
     try:
+        aside.mkdir(parents=True)
         files = {name: open(aside / f"{name}.npy", "wb") for name in shapes}
 
-        def write_header(name):  # numpy leaves room for the number of rows to grow
-            dtype = "<i2" if name == "ecg" else "|u1"
-            files[name].seek(0)
-            np.lib.format.write_array_header_1_0(files[name], {
-                "descr": dtype, "fortran_order": False, "shape": (len(rows), *shapes[name])})
+        def write_headers():  # numpy leaves room for the number of rows to grow
+            for name, file in files.items():
+                head = {"descr": "<i2" if name == "ecg" else "|u1", "fortran_order": False}
+                file.seek(0)
+                shape = (len(rows), *shapes[name])
+                np.lib.format.write_array_header_1_0(file, {**head, "shape": shape})
 
-        for name in shapes:
-            write_header(name)
+        write_headers()
         for subject in prepared:
             if "reason" in subject:
                 rejected.append(subject)
                 continue
-            for name in shapes:
-                files[name].write(subject[name].tobytes())
+            for name, file in files.items():
+                file.write(subject[name].tobytes())
             rows.append(subject["row"])
             warnings.update(subject["warnings"])
-        for name in shapes:
-            write_header(name)
-            files[name].close()
-        if not rows:
-            raise InputError(folder, f"not made: none of {len(rejected)} rows is usable; "
-                                     + summarize_rejected(rejected))
+        write_headers()
+        for file in files.values():
+            file.close()
+        reasons = summarize_rejected(rejected)
+        require(rows, folder, f"not made, as none of {len(rejected)} rows is usable; {reasons}")
         splits = Counter(row["split"] for row in rows)
-        counts = {"subjects": len(rows), **{name: splits[name] for name in ("train", "val", "test")},
-                  "rejected": len(rejected)}
+        counts = {"subjects": len(rows), **{name: splits[name] for name in SPLITS}}
+        counts["rejected"] = len(rejected)
         write_csv(aside / "subjects.csv", ["id", "split", *columns], rows)
         write_csv(aside / "rejected.csv", ["id", "file", "reason"], rejected)
-        (aside / "cohort.json").write_text(json.dumps({
-            "format_version": FORMAT_VERSION, "grid": list(grid), "spacing_mm": list(spacing_mm),
-            "sampling_rate_hz": SAMPLING_RATE_HZ, "leads": LEADS, "source": source,
-            "counts": counts}, indent=1))
+        geometry = {"grid": list(grid), "spacing_mm": list(spacing_mm)}
+        ecg = {"sampling_rate_hz": SAMPLING_RATE_HZ, "leads": LEADS}
+        about = {"format_version": FORMAT_VERSION, **geometry, **ecg, "source": source}
+        (aside / "cohort.json").write_text(json.dumps({**about, "counts": counts}, indent=1))
         if folder.exists():
             folder.rename(old)
         aside.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        why = f"cannot be written ({error.strerror}); check its permissions and the free space"
+        raise InputError(folder, why) from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        tidy()
     return {"counts": counts, "warnings": warnings, "rejected": rejected}
 
 
@@ -641,7 +729,7 @@ def summarize_rejected(rejected):
     """Identical reasons grouped, most frequent first, each with one example file."""
     examples = {bad["reason"]: bad["file"] for bad in reversed(rejected)}
     counts = Counter(bad["reason"] for bad in rejected)
-    return "; ".join(f"{n}x {reason} (e.g. {examples[reason]})" for reason, n in counts.most_common(5))
+    return "; ".join(f"{n}x {why} (e.g. {examples[why]})" for why, n in counts.most_common(5))
 
 
 def open_cohort(folder):
@@ -651,57 +739,61 @@ def open_cohort(folder):
     outcomes (lists of names), grid, spacing_mm, source, fingerprint).
     """
     folder = Path(folder)
+    about_path, table_path = folder / "cohort.json", folder / "subjects.csv"
+    require(about_path.is_file(), folder, "is no cohort (has no cohort.json); see data.py prepare")
     try:
-        text = (folder / "cohort.json").read_text()
+        text = about_path.read_bytes()
         about = json.loads(text)
-        version, grid = about["format_version"], tuple(about["grid"])
-        spacing_mm, source = about["spacing_mm"], about["source"]
-    except OSError:
-        raise InputError(folder, "is no cohort folder (no cohort.json); see data.py prepare") from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(folder / "cohort.json", "is damaged; prepare the cohort again") from None
-    if version != FORMAT_VERSION:
-        raise InputError(folder, f"has format {version}, this code reads {FORMAT_VERSION}; update the code")
-    rows = read_table(folder / "subjects.csv", ("id", "split"))
-    wrong = [row["wrong"] for row in rows if "wrong" in row]
-    names = [name for name in rows[0] if name not in ("id", "split", "line")]
-    columns = {name: np.array([number(row[name]) for row in rows], float) for name in names if not wrong}
-    if wrong or any(row["split"] not in ("train", "val", "test") for row in rows):
-        raise InputError(folder / "subjects.csv", f"{(wrong or ['an unknown split'])[0]}; prepare again")
-    for name, shape in (("ecg", (len(LEADS), SECONDS * SAMPLING_RATE_HZ)), ("ed", grid), ("es", grid)):
-        path = folder / f"{name}.npy"
+        version, source, kind = about["format_version"], about["source"], about["source"]["kind"]
+        grid, spacing_mm = tuple(map(int, about["grid"])), list(map(float, about["spacing_mm"]))
+        valid = isinstance(kind, str) and len(grid) == len(spacing_mm) == 3
+        valid = valid and min(grid) > 0 and all(0 < mm < 1e3 for mm in spacing_mm)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        version, valid = FORMAT_VERSION, False
+    newer = f"has format {version}, this code reads {FORMAT_VERSION}; update the code"
+    require(version == FORMAT_VERSION, folder, newer)
+    require(valid, about_path, "is damaged; prepare the cohort again")
+    rows = read_table(table_path, ("id", "split"))
+    names = [name for name in rows[0] if name not in ("id", "split", "line", "wrong")]
+    for row in rows:
+        known = row.get("split") in SPLITS and all(number(row[name]) is not None for name in names)
+        why = row.get("wrong", f"line {row['line']} has an unknown split or text for a number")
+        require("wrong" not in row and known, table_path, f"{why}; prepare again")
+    columns = {name: np.array([number(row[name]) for row in rows]) for name in names}
+    for name, shape in (("ecg", ECG_SHAPE), ("ed", grid), ("es", grid)):
+        path, wanted = folder / f"{name}.npy", (np.int16 if name == "ecg" else np.uint8)
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(path, f"is missing or damaged ({error}); prepare again") from None
-        wanted = np.int16 if name == "ecg" else np.uint8
-        if array.dtype != wanted or array.shape != (len(rows), *shape):
-            raise InputError(path, f"is {array.dtype} {array.shape} but subjects.csv and cohort.json need "
-                                   f"{np.dtype(wanted)} {(len(rows), *shape)}; prepare again")
-    values = {name: set(np.unique(column[~np.isnan(column)])) for name, column in columns.items()}
+            array = np.lib.format.open_memmap(path, mode="r")
+        except Exception as error:
+            why = f"is missing or damaged ({error!s:.80}); prepare again"
+            raise InputError(path, why) from None
+        fits = array.dtype == wanted and array.shape == (len(rows), *shape)
+        found = f"is {array.dtype} {array.shape}; subjects.csv and cohort.json"
+        needed = f"{found} need {wanted.__name__} {(len(rows), *shape)}; prepare again"
+        require(fits and array.flags.c_contiguous, path, needed)
+    values = {name: set(column[~np.isnan(column)]) for name, column in columns.items()}
     targets = [name for name in names if name not in COVARIATES and values[name]]
-    outcomes = [name for name in targets if values[name] <= {0.0, 1.0}]
-    digest = hashlib.sha256(text.encode() + (folder / "subjects.csv").read_bytes()).hexdigest()[:16]
-    return {"folder": folder, "ids": [row["id"] for row in rows],
-            "split": np.array([row["split"] for row in rows]), "columns": columns,
-            "covariates": [name for name in COVARIATES if values.get(name)],
-            "phenotypes": [name for name in targets if name not in outcomes], "outcomes": outcomes,
-            "grid": grid, "spacing_mm": spacing_mm, "source": source, "fingerprint": digest}
+    kinds = {"covariates": [name for name in COVARIATES if values.get(name)]}
+    kinds["phenotypes"] = [name for name in targets if not values[name] <= {0.0, 1.0}]
+    kinds["outcomes"] = [name for name in targets if values[name] <= {0.0, 1.0}]
+    digest = hashlib.sha256(text + table_path.read_bytes()).hexdigest()[:16]
+    about = {"grid": grid, "spacing_mm": spacing_mm, "source": source, "fingerprint": digest}
+    ids, split = [row["id"] for row in rows], np.array([row["split"] for row in rows])
+    return {"folder": folder, "ids": ids, "split": split, "columns": columns, **kinds, **about}
 
 
 def find_cohort(data=None):
-    """What --data names -> opened cohort: a cohort folder, a manifest (prepared once), or nothing."""
+    """What --data names, opened: a cohort folder, a manifest (prepared once), or nothing."""
     if data and Path(data).is_dir():
         return open_cohort(data)
     if data:
         manifest = read_manifest(data)
-        state = hashlib.sha256(Path(data).read_bytes())
+        state = hashlib.sha256(Path(data).read_bytes())  # and of size and date of every file:
         for row in manifest["rows"]:
-            for name in ("ecg", "ed", "es", "cine", "mask"):
-                for file in [Path(row[name])] if row.get(name) else []:
-                    parts = [file] + [file.with_suffix(end) for end in (".dat", ".mat") if name == "ecg"]
-                    states = [part.stat() for part in parts if part.exists()]
-                    state.update(str([(part.st_size, part.st_mtime_ns) for part in states]).encode())
+            stem, _ = os.path.splitext(row["ecg"])
+            named = [*(row.get(name, "") for name in FILES), stem + ".dat", stem + ".mat"]
+            found = [os.stat(file) for file in named if os.path.exists(file)]
+            state.update(str([(file.st_size, file.st_mtime_ns) for file in found]).encode())
         folder = Path("cohorts") / f"{Path(data).stem}-{state.hexdigest()[:8]}"
         if not folder.exists():
             prepare(data, folder)
@@ -713,6 +805,7 @@ def find_cohort(data=None):
 
 
 # ---------------------------------------------------------------- batches
+
 
 def read_batch(cohort, rows, device="cpu", ecg_rows=None, names=("ecg", "ed", "es")):
     """Rows of a cohort -> dict(ecg (B, 12, 2500) mV, ed, es (B, 1, Z, Y, X) in 0..1), float32.
@@ -727,18 +820,19 @@ def read_batch(cohort, rows, device="cpu", ecg_rows=None, names=("ecg", "ed", "e
         wanted = ecg_rows if name == "ecg" and ecg_rows is not None else rows
         array = np.load(cohort["folder"] / f"{name}.npy", mmap_mode="r")[wanted]
         tensor = torch.from_numpy(array).to(device, non_blocking=True)
-        batch[name] = tensor.float().mul_(1e-3) if name == "ecg" else tensor[:, None].float().div_(255)
+        numbers = tensor.float()
+        batch[name] = numbers.mul_(1e-3) if name == "ecg" else numbers[:, None].div_(255)
     return batch
 
 
 def epoch_batches(rows, batch_size, seed, epoch):
     """Training rows in the order of this epoch, cut into whole batches; the rest waits its turn."""
     order = np.random.default_rng([seed, epoch]).permutation(rows)
-    return [order[k:k + batch_size] for k in range(0, len(rows) - batch_size + 1, batch_size)]
+    return [order[k : k + batch_size] for k in range(0, len(rows) - batch_size + 1, batch_size)]
 
 
 def read_ahead(load, tasks):
-    """Yield load(task) in order, two tasks ahead on a thread, so that a step never waits for data."""
+    """Yield load(task) in order, two tasks ahead on a thread, so that no step waits for data."""
     with ThreadPoolExecutor(1) as thread:
         waiting = deque()
         for task in tasks:
@@ -755,11 +849,11 @@ def noise_table(seed, device):
 
 
 def augment(batch, rows, seed, epoch):
-    """Vary a batch as a repeated examination would. Every draw depends on (seed, epoch, subject) only.
+    """Vary a batch as a repeated examination would; draws depend on (seed, epoch, subject) only.
 
-    ECG: time shift, gain +-10 %, noise, baseline wander, lead dropout. CMR: shift, in-plane rotation,
-    gain, offset and noise. Geometry is one draw for both phases, without mirror (the right ventricle
-    has a side) and without scaling (size is the phenotype).
+    ECG: time shift, gain +-10 %, noise, baseline wander, lead dropout. CMR: shift, in-plane turn,
+    gain, offset and noise. Geometry is one draw for both phases, without mirror (the right
+    ventricle has a side) and without scaling (size is the phenotype).
     """
     ecg, ed, es = batch["ecg"], batch["ed"], batch["es"]
     count, leads, samples = ecg.shape
@@ -768,15 +862,14 @@ def augment(batch, rows, seed, epoch):
     column = iter(range(64))
 
     def uniform(low, high, n=1):  # (B, n)
-        picked = draws[:, [next(column) for _ in range(n)]]
-        return low + (high - low) * picked
+        return low + (high - low) * draws[:, [next(column) for _ in range(n)]]
 
     def add_noise(x, highest):  # a subject's piece of one fixed table, as drawing afresh is slow
         table = noise_table(seed, ecg.device)
         starts, sizes = uniform(0, 1)[:, 0].tolist(), uniform(0, highest)[:, 0].tolist()
         for one, start, size in zip(x, starts, sizes, strict=True):
             first = int(start * (len(table) - one.numel()))
-            one.add_(table[first:first + one.numel()].view_as(one), alpha=size)
+            one.add_(table[first : first + one.numel()].view_as(one), alpha=size)
 
     shift = uniform(-0.5, 0.5) * SAMPLING_RATE_HZ  # up to half a second, around the end
     places = (torch.arange(samples, device=ecg.device) + shift.long()) % samples  # (B, T)
@@ -789,10 +882,11 @@ def augment(batch, rows, seed, epoch):
 
     depth, height, width = ed.shape[2:]
     stack = torch.cat([ed, es], dim=2).flatten(1, 2)  # (B, 2Z, Y, X)
-    angle, zero = uniform(-0.2, 0.2), torch.zeros(count, 1, device=ecg.device)  # radian
+    angle = uniform(-0.2, 0.2)  # radian
     move = uniform(-0.1, 0.1, 2)  # of half the box: up to 9.6 mm at the default grid
-    turn = torch.stack([torch.cat([angle.cos(), -angle.sin() * height / width, move[:, :1]], 1),
-                        torch.cat([angle.sin() * width / height, angle.cos(), move[:, 1:]], 1)], 1)
+    column_x = torch.cat([angle.cos(), -angle.sin() * height / width, move[:, :1]], 1)
+    column_y = torch.cat([angle.sin() * width / height, angle.cos(), move[:, 1:]], 1)
+    turn = torch.stack([column_x, column_y], 1)  # (B, 2, 3)
     places = F.affine_grid(turn, (count, 1, height, width), align_corners=False)
     stack = F.grid_sample(stack, places, align_corners=False)
     stack.mul_(uniform(0.85, 1.15)[..., None, None]).add_(uniform(-0.05, 0.05)[..., None, None])
@@ -806,13 +900,13 @@ def augment(batch, rows, seed, epoch):
 STACK, STACK_MM = (12, 72, 72), (10.0, 3.0, 3.0)  # the simulated scanner's field of view
 HEART = np.s_[:, 10:62, 10:62]  # the part of it that can hold the heart
 # X (left), Y (foot), Z (back) of the heart vector -> I, II, V1..V6 (Dower 1980)
-DOWER = np.array([[0.632, -0.235, 0.059], [0.235, 1.066, -0.132], [-0.515, 0.157, -0.917],
-                  [0.044, 0.164, -1.387], [0.882, 0.098, -1.277], [1.213, 0.127, -0.601],
-                  [1.125, 0.127, -0.086], [0.831, 0.076, 0.230]])
-
-
-SYNTHETIC_COLUMNS = ["age", "sex", "bmi", "LVEDV_ml", "LVESV_ml", "LVSV_ml", "LVEF_pct", "LVM_g", "RVEDV_ml",
-                     "RVESV_ml", "RVEF_pct", "heart_failure", "atrial_fibrillation", "hypertension"]
+DOWER_X = [0.632, 0.235, -0.515, 0.044, 0.882, 1.213, 1.125, 0.831]
+DOWER_Y = [-0.235, 1.066, 0.157, 0.164, 0.098, 0.127, 0.127, 0.076]
+DOWER_Z = [0.059, -0.132, -0.917, -1.387, -1.277, -0.601, -0.086, 0.230]
+DOWER = np.stack([DOWER_X, DOWER_Y, DOWER_Z], axis=1)
+PHENOTYPES = "LVEDV_ml LVESV_ml LVSV_ml LVEF_pct LVM_g RVEDV_ml RVESV_ml RVEF_pct".split()
+OUTCOMES = ["heart_failure", "atrial_fibrillation", "hypertension"]
+SYNTHETIC_COLUMNS = [*COVARIATES, *PHENOTYPES, *OUTCOMES]
 
 
 def draw_heart(seed, subject):
@@ -835,22 +929,26 @@ def draw_heart(seed, subject):
     lvef = np.clip((61.0, 58.5)[sex] + 4.6 * normal() - 24 * failing, 18, 78)
     lvedv = (123, 164)[sex] * size * np.exp(dilation + 0.25 * failing - 0.004 * (age - 64))
     lvsv = lvedv * lvef / 100
-    lvm = (67, 98)[sex] * size * np.exp(0.4 * dilation + hypertrophy + 0.12 * failing + 0.10 * normal())
+    thick = 0.4 * dilation + hypertrophy + 0.12 * failing + 0.10 * normal()
+    lvm = (67, 98)[sex] * size * np.exp(thick)
     rvef = np.clip((58.0, 54.5)[sex] + 5.8 * normal() + 0.25 * (lvef - 60), 20, 78)
     rvedv = lvsv * np.exp(0.08 * normal()) / (rvef / 100)
     heart_rate = np.clip(2900 * surface_m2 * np.exp(0.14 * normal()) / lvsv, 40, 115)
     depth_mm = 30 + 0.9 * (bmi - 26.5) + 7 * normal()  # from the chest wall to the heart
     turn_deg, tilt = 12 * normal(), 0.10 * normal()  # of the heart in the chest
     # Outcomes: a noisy logistic of the state, prevalence about 6, 9 and 30 %.
-    logits = {"heart_failure": -3.6 + 0.14 * (59 - lvef) + 0.05 * (age - 64),
-              "atrial_fibrillation": -2.7 + 0.07 * (age - 64) + 0.04 * (59 - lvef) + 2 * dilation,
-              "hypertension": -1.2 + 5 * hypertrophy + 0.05 * (age - 64) + 0.08 * (bmi - 26)}
+    logits = {
+        "heart_failure": -3.6 + 0.14 * (59 - lvef) + 0.05 * (age - 64),
+        "atrial_fibrillation": -2.7 + 0.07 * (age - 64) + 0.04 * (59 - lvef) + 2 * dilation,
+        "hypertension": -1.2 + 5 * hypertrophy + 0.05 * (age - 64) + 0.08 * (bmi - 26),
+    }
     events = {name: int(uniform() < 1 / (1 + np.exp(-logit))) for name, logit in logits.items()}
-    return {"age": age, "sex": sex, "bmi": bmi, "LVEDV_ml": lvedv, "LVESV_ml": lvedv - lvsv,
-            "LVSV_ml": lvsv, "LVEF_pct": lvef, "LVM_g": lvm, "RVEDV_ml": rvedv,
-            "RVESV_ml": rvedv * (1 - rvef / 100), "RVEF_pct": rvef, **events,
-            "surface_m2": surface_m2, "heart_rate_bpm": heart_rate, "depth_mm": depth_mm,
-            "turn_deg": turn_deg, "tilt": tilt}
+    lvesv, rvesv = lvedv - lvsv, rvedv * (1 - rvef / 100)
+    values = (lvedv, lvesv, lvsv, lvef, lvm, rvedv, rvesv, rvef)
+    phenotypes = dict(zip(PHENOTYPES, values, strict=True))
+    body = {"surface_m2": surface_m2, "heart_rate_bpm": heart_rate}
+    place = {"depth_mm": depth_mm, "turn_deg": turn_deg, "tilt": tilt}
+    return {"age": age, "sex": sex, "bmi": bmi, **phenotypes, **events, **body, **place}
 
 
 def simulate_ecg(heart, rng):
@@ -860,7 +958,8 @@ def simulate_ecg(heart, rng):
     the Dower matrix. Planted links: mass -> QRS voltage and axis; dilatation and low EF -> QRS
     duration, initial forces, QT; strain -> T amplitude and angle; RV -> terminal forces; stroke
     volume -> heart rate; depth, turn and tilt of the heart in the chest, which CMR shows too ->
-    gain of the chest leads and electrical axis. Nuisance: gain, axes, noise, baseline wander, mains, RR variability.
+    gain of the chest leads and electrical axis. Nuisance: gain, axes, noise, baseline wander,
+    mains, RR variability.
     """
     normal, rate = rng.standard_normal, 500
     weak = 60 - heart["LVEF_pct"]
@@ -868,14 +967,15 @@ def simulate_ecg(heart, rng):
     strain = 2.2 * mass_index + 0.065 * weak
     torso = np.exp(0.08 * normal() - 0.25 * np.log(heart["bmi"] / 26.5))
     qrs = torso * (heart["LVM_g"] / 85) ** 0.75 * np.exp(0.14 * normal())
-    width = (90 + 5 * (heart["sex"] - 0.5) + 0.10 * (heart["LVEDV_ml"] - 145) + 0.42 * weak
-             + 6 * normal()) / 90
-    axis = np.deg2rad(45 - 0.5 * (heart["age"] - 64) - 1.2 * (heart["bmi"] - 26.5) - 8 * strain
-                      + 0.8 * heart["turn_deg"] + 11 * normal())
+    width = 90 + 5 * (heart["sex"] - 0.5) + 0.10 * (heart["LVEDV_ml"] - 145) + 0.42 * weak
+    width = (width + 6 * normal()) / 90
+    axis = 45 - 0.5 * (heart["age"] - 64) - 1.2 * (heart["bmi"] - 26.5) - 8 * strain
+    axis = np.deg2rad(axis + 0.8 * heart["turn_deg"] + 11 * normal())
     back = 0.25 + 0.008 * weak + 1.0 * heart["tilt"] + 0.12 * normal()
     t_axis = np.deg2rad(40 + 14 * strain + 12 * normal())
     t_wave = torso * (1, 1.15)[heart["sex"]] * np.exp(-0.22 * strain + 0.25 * normal())
-    right = 0.5 * np.log(heart["RVEDV_ml"] / 150) + 0.012 * (56 - heart["RVEF_pct"]) + 0.16 * normal()
+    right = 0.5 * np.log(heart["RVEDV_ml"] / 150) + 0.012 * (56 - heart["RVEF_pct"])
+    right = right + 0.16 * normal()
     rr_s = 60 / heart["heart_rate_bpm"]
     pr_s = (160 + 0.6 * (heart["age"] - 64) + 18 * normal()) / 1000
     qt_s = (412 - 14 * heart["sex"] + 0.9 * weak + 15 * normal()) / 1000 * np.sqrt(rr_s)  # Bazett
@@ -885,7 +985,8 @@ def simulate_ecg(heart, rng):
         (0, 0.011 * width, 1.55 * qrs * np.array([np.cos(axis), np.sin(axis), back])),
         (0.026 * width, 0.010 * width, qrs * np.array([-0.20 - 0.5 * right, 0.02, 0.55])),
         (qt_s - 0.150, 0.048, 0.20 * t_wave * np.array([np.cos(t_axis), np.sin(t_axis), -0.55])),
-        (qt_s - 0.095, 0.030, 0.30 * t_wave * np.array([np.cos(t_axis), np.sin(t_axis), -0.45]))]
+        (qt_s - 0.095, 0.030, 0.30 * t_wave * np.array([np.cos(t_axis), np.sin(t_axis), -0.45])),
+    ]
     seconds = np.arange(SECONDS * rate) / rate
     vector = np.zeros((3, len(seconds)))
     beat = -rng.uniform(0, rr_s)
@@ -897,7 +998,8 @@ def simulate_ecg(heart, rng):
         breath = 0.03 * np.sin(2 * np.pi * 0.25 * beat)
         beat += rr_s * (1 + breath + 0.02 * normal())
     leads = DOWER @ vector  # (8, T): I, II, V1..V6
-    leads[2:] *= np.exp(-0.02 * (heart["depth_mm"] - 30) + 0.08 * normal())  # the chest leads are near the heart
+    near = -0.02 * (heart["depth_mm"] - 30) + 0.08 * normal()  # the chest leads are near the heart
+    leads[2:] *= np.exp(near)
     leads += 0.012 * normal(leads.shape)
     for size_mv, hertz in ((0.10, rng.uniform(0.1, 0.4)), (0.012, 50)):  # baseline wander, mains
         turn = 2 * np.pi * hertz * seconds
@@ -910,19 +1012,22 @@ def simulate_ecg(heart, rng):
 def phantom(heart, rng):
     """Geometry of a short-axis stack: {phase: {tissue: fraction of each voxel of STACK[HEART]}}.
 
-    The LV cavity is an ellipsoid cut at the base, its volume EDV or ESV; the wall lies between it and
-    a larger one, its volume mass / 1.05 g/ml at both phases, so that it thickens; the base descends;
-    the RV is a crescent on the septal side. Fractions add up to the stated volumes.
+    The LV cavity is an ellipsoid cut at the base, its volume EDV or ESV; the wall lies between it
+    and a larger one, its volume mass / 1.05 g/ml at both phases, so that it thickens; the base
+    descends; the RV is a crescent on the septal side. Fractions add up to the stated volumes.
     """
     normal, (mm_z, mm, _) = rng.standard_normal, STACK_MM
     length = 94 * (heart["LVEDV_ml"] / 140) ** (1 / 3) * np.exp(0.05 * normal())  # base to apex, mm
     length = min(length, 106)
     first_base = 56 - length / 2 + np.clip(normal(), -2, 2)  # mm below the top of the stack
-    tilt, jitter, shift = np.array([heart["tilt"], 0.05 * normal()]), 1.0 * normal((STACK[0], 2)), np.array([0, 16]) + 4 * normal(2)
-    septum = np.pi + np.deg2rad(heart["turn_deg"] + 5 * normal())  # direction of the RV: towards the left of the image
+    tilt, jitter = np.array([heart["tilt"], 0.05 * normal()]), 1.0 * normal((STACK[0], 2))
+    shift = np.array([0, 16]) + 4 * normal(2)
+    septum = np.pi + np.deg2rad(heart["turn_deg"] + 5 * normal())  # the RV is on the left
     slices = np.arange(STACK[0])
+    edges = np.array([slices, slices + 1]) * mm_z  # (2, Z) from the top of the stack
     axis = shift + (slices[:, None] - 5.5) * mm_z * tilt + jitter  # (Z, 2) place of the LV axis, mm
-    y, x = ((np.arange(n)[part] - (n - 1) / 2) * mm for n, part in zip(STACK[1:], HEART[1:], strict=True))
+    y, x = centered_mm(STACK[1:], STACK_MM[1:])
+    y, x = y[HEART[1]], x[HEART[2]]
     dy = (y - axis[:, :1])[:, :, None].astype(np.float32)  # (Z, Y, 1)
     dx = (x - axis[:, 1:])[:, None, :].astype(np.float32)  # (Z, 1, X)
     radius = np.sqrt(dy**2 + dx**2)  # (Z, Y, X) distance from the LV axis, mm
@@ -937,8 +1042,8 @@ def phantom(heart, rng):
     def per_slice(values):
         return values.astype(np.float32)[:, None, None]  # (Z, 1, 1)
 
-    def slabs(equator, top, a, c):  # of an ellipsoid: exact volume as mean radius and part of a slice
-        faces = np.clip([slices * mm_z - equator, (slices + 1) * mm_z - equator], top, c)
+    def slabs(equator, top, a, c):  # an ellipsoid's exact volume: mean radius and part of a slice
+        faces = np.clip(edges - equator, top, c)
         depth = np.maximum(np.diff(faces, axis=0)[0], 1e-9)
         square = np.diff(faces - faces**3 / (3 * c * c), axis=0)[0] * a * a / depth
         return per_slice(np.sqrt(square)), per_slice(depth / mm_z)
@@ -952,16 +1057,17 @@ def phantom(heart, rng):
         base, c = first_base + descent, (length - descent) / 1.25  # cut a quarter above the equator
         top, equator = -0.25 * c, base + 0.25 * c
         a = np.sqrt(lv_mm3 / (np.pi * c * (2 / 3 + 0.25 - 0.25**3 / 3)))
+        heart_mm3 = lv_mm3 + heart["LVM_g"] / 1.05e-3
         thin, thick = 0.0, 60.0  # bisection on the wall's thickness; at the apex it is 0.6 of it
         for _ in range(30):
             wall = (thin + thick) / 2
             tip = c + 0.6 * wall
             whole = np.pi * (a + wall) ** 2 * (tip * 2 / 3 - top + top**3 / (3 * tip**2))
-            thin, thick = (wall, thick) if whole < lv_mm3 + heart["LVM_g"] / 1.05e-3 else (thin, wall)
+            thin, thick = (wall, thick) if whole < heart_mm3 else (thin, wall)
         inner, inner_part = slabs(equator, top, a, c)
         outer, outer_part = slabs(equator, top, a + wall, c + 0.6 * wall)
-        faces = np.clip([slices * mm_z - base, (slices + 1) * mm_z - base], 0, 0.9 * (length - descent))
-        above = np.diff(np.clip([slices * mm_z, (slices + 1) * mm_z], base - 30, base), axis=0)[0] / mm_z
+        faces = np.clip(edges - base, 0, 0.9 * (length - descent))
+        above = np.diff(np.clip(edges, base - 30, base), axis=0)[0] / mm_z
         rv_part = per_slice(np.diff(faces, axis=0)[0] / mm_z)
         taper = per_slice(np.sqrt(1 - (faces.mean(axis=0) / (length - descent)) ** 2))
         # RV volume = linear * depth + square * depth^2, solved for the depth at the base
@@ -969,28 +1075,32 @@ def phantom(heart, rng):
         square = (rv_part * taper**2).sum() * (angles**2).mean() * np.pi * mm_z
         depth = float(np.sqrt(linear**2 + 4 * square * rv_mm3) - linear) / float(2 * square)
         free_wall = outer + depth * taper * reach
-        cavity, heart_disc = inner_part * disc(inner), disc(outer)
-        phases[phase] = {"lv": cavity, "myocardium": outer_part * heart_disc - cavity,
-                         "rv": rv_part * (disc(free_wall) - heart_disc),
-                         "rv_wall": rv_part * (disc(free_wall + (reach > 0) * np.float32(4)) - disc(free_wall)),
-                         "fat": np.maximum(outer_part, rv_part) * (disc(free_wall + 7) - heart_disc),
-                         "atria": per_slice(above) * disc(np.float32(18 if phase == "ed" else 23)),
-                         "papillary": inner_part * np.clip((5 - np.sqrt(np.minimum(
-                             (dy - 0.5 * inner) ** 2 + (dx + 0.3 * inner) ** 2,
-                             (dy + 0.5 * inner) ** 2 + (dx - 0.2 * inner) ** 2))) / mm, 0, 1) * cavity}
+        cavity, heart_disc, rv_disc = inner_part * disc(inner), disc(outer), disc(free_wall)
+        one = (dy - 0.5 * inner) ** 2 + (dx + 0.3 * inner) ** 2
+        other = (dy + 0.5 * inner) ** 2 + (dx - 0.2 * inner) ** 2
+        muscles = np.clip((5 - np.sqrt(np.minimum(one, other))) / mm, 0, 1)
+        phases[phase] = {
+            "lv": cavity,
+            "myocardium": outer_part * heart_disc - cavity,
+            "rv": rv_part * (rv_disc - heart_disc),
+            "rv_wall": rv_part * (disc(free_wall + (reach > 0) * np.float32(4)) - rv_disc),
+            "fat": np.maximum(outer_part, rv_part) * (disc(free_wall + 7) - heart_disc),
+            "atria": per_slice(above) * disc(np.float32(18 if phase == "ed" else 23)),
+            "papillary": inner_part * muscles * cavity,
+        }
     return phases
 
 
 def simulate_cmr(heart, rng):
-    """A scanner's view of the phantom: dict(ed, es int16 (Z, Y, X), mask uint8 at ED: 1 RV, 2 wall, 3 LV)."""
+    """The phantom as scanned: dict(ed, es int16 (Z, Y, X), mask at ED: 1 RV, 2 wall, 3 LV)."""
     tissues = phantom(heart, rng)
-    y, x = (np.arange(n) * mm - (n - 1) / 2 * mm for n, mm in zip(STACK[1:], STACK_MM[1:], strict=True))
+    y, x = centered_mm(STACK[1:], STACK_MM[1:])
     y, x = y[:, None] + 3 * rng.standard_normal(), x + 4 * rng.standard_normal()
 
     def smooth(coarse):  # random field (5, 11, 11) at 30 x 24 x 24 mm -> (Z, Y, X)
-        return resample(coarse.astype(np.float32), [
-            sampling_weights(m, old, 0, n, mm)
-            for m, old, n, mm in zip(coarse.shape, (30, 24, 24), STACK, STACK_MM, strict=True)])
+        axes = zip(coarse.shape, (30, 24, 24), STACK, STACK_MM, strict=True)
+        to_z, to_y, to_x = (sampling_weights(m, old, 0, n, mm) for m, old, n, mm in axes)
+        return np.tensordot(to_z, to_y @ (coarse.astype(np.float32) @ to_x.T), axes=1)
 
     texture = 1 + 0.35 * smooth(rng.standard_normal((5, 11, 11)))
     body = np.full(STACK[1:], 0.10)  # lung, and in it:
@@ -1001,12 +1111,13 @@ def simulate_cmr(heart, rng):
         body += (level - body) * np.clip((np.hypot(y - 35, x - 30) - reach_mm) / 8 + 0.5, 0, 1)
     bias = 1 + 0.25 * smooth(rng.standard_normal((5, 11, 11)).cumsum(axis=1) / 4)
     scale, sigma = float(260 * np.exp(0.25 * rng.standard_normal())), rng.uniform(0.02, 0.05)
+    levels = {"atria": 0.8, "fat": 0.42, "rv_wall": 0.33}  # in this order
+    levels |= {"rv": 0.92, "myocardium": 0.3, "lv": 1, "papillary": 0.35}
     phases, grain = {}, (0.9 + 0.1 * texture)[HEART]
     for phase, parts in tissues.items():
         picture = body.astype(np.float32) * texture
         heart = picture[HEART]
-        for tissue, level in (("atria", 0.80), ("fat", 0.42), ("rv_wall", 0.33), ("rv", 0.92), ("myocardium", 0.30),
-                              ("lv", 1.0), ("papillary", 0.35)):
+        for tissue, level in levels.items():
             heart += (level * grain - heart) * parts[tissue]
         noise = np.float32(sigma) * rng.standard_normal((2, *STACK), dtype=np.float32)
         rician = np.sqrt((picture * bias + noise[0]) ** 2 + noise[1] ** 2)
@@ -1018,13 +1129,16 @@ def simulate_cmr(heart, rng):
 
 
 def simulate(seed, subject):
-    """One synthetic subject as raw data: dict(id, heart, ecg_mv (12, 5000) at 500 Hz, phases (as read_phases))."""
+    """One synthetic subject as raw data: dict(id, heart, ecg_mv (12, 5000) at 500 Hz, phases).
+
+    The phases are as read_phases gives them.
+    """
     heart = draw_heart(seed, subject)
     cmr = simulate_cmr(heart, np.random.default_rng([seed, subject, 1]))
     ecg = simulate_ecg(heart, np.random.default_rng([seed, subject, 2]))
-    return {"id": f"{subject:06d}", "heart": heart, "ecg_mv": ecg,
-            "phases": {"ed": cmr["ed"].astype(np.float32), "es": cmr["es"].astype(np.float32),
-                       "spacing_mm": np.array(STACK_MM), "mask": cmr["mask"], "warnings": []}}
+    phases = {name: cmr[name].astype(np.float32) for name in ("ed", "es")}
+    phases |= {"spacing_mm": np.array(STACK_MM), "mask": cmr["mask"], "warnings": []}
+    return {"id": f"{subject:06d}", "heart": heart, "ecg_mv": ecg, "phases": phases}
 
 
 def simulate_row(seed, subject, grid, spacing_mm):
@@ -1040,75 +1154,84 @@ def describe(heart):
     return {name: f"{value:.5g}" for name, value in heart.items() if name in SYNTHETIC_COLUMNS}
 
 
+XML = """<?xml version="1.0" encoding="ISO-8859-1"?>
+<CardiologyXML><StripData><SampleRate units="Hz">500</SampleRate>
+<Resolution units="uVperLsb">5</Resolution>
+{}
+</StripData></CardiologyXML>
+"""
+
+
 def write_demo(folder, subjects, seed=0):
-    """The same synthetic subjects as raw files, ECGs in turn as CardioSoft XML, WFDB .dat and .mat."""
+    """The same synthetic subjects as raw files, ECGs in turn CardioSoft XML, WFDB .dat and .mat."""
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(folder, "exists and is not empty; choose another name")
+    free = not folder.exists() or not any(folder.iterdir())
+    require(free, folder, "exists and is not empty; choose another name")
     folder.mkdir(parents=True, exist_ok=True)
-    affine = np.eye(4)  # an oblique stack, stored as (x, y, z)
-    affine[:3, :3] = (SHORT_AXIS / np.linalg.norm(SHORT_AXIS, axis=1, keepdims=True))[::-1].T * STACK_MM[::-1]
+    affine, unit = np.eye(4), SHORT_AXIS / np.linalg.norm(SHORT_AXIS, axis=1, keepdims=True)
+    affine[:3, :3] = unit[::-1].T * STACK_MM[::-1]  # an oblique stack, stored as (x, y, z)
     rows = []
     for subject in range(subjects):
         raw = simulate(seed, subject)
         name, files = raw["id"], {}
         for phase in ("ed", "es", "mask"):
-            volume = raw["phases"][phase]
-            image = nibabel.Nifti1Image(volume.transpose(2, 1, 0).astype(np.int16), affine)
-            image.header.set_xyzt_units("mm")
+            volume = raw["phases"][phase].transpose(2, 1, 0).astype(np.int16)
             files[phase] = f"{name}_{phase}.nii.gz"
-            nibabel.save(image, folder / files[phase])
+            nibabel.save(nibabel.Nifti1Image(volume, affine), folder / files[phase])
         ecg_uv = np.round(raw["ecg_mv"] * 1000).astype("<i2")
-        files["ecg"] = f"{name}.hea" if subject % 3 else f"{name}.xml"
+        leads = list(zip(LEADS, ecg_uv, strict=True))
         if subject % 3 == 0:
-            leads = "".join(f'<WaveformData lead="{lead}">{",".join(map(str, samples // 5))}</WaveformData>\n'
-                            for lead, samples in zip(LEADS, ecg_uv, strict=True))
-            (folder / files["ecg"]).write_text(
-                '<?xml version="1.0" encoding="ISO-8859-1"?>\n<CardiologyXML><StripData>'
-                '<SampleRate units="Hz">500</SampleRate><Resolution units="uVperLsb">5</Resolution>\n'
-                f"{leads}</StripData></CardiologyXML>\n")
+            texts = [(lead, ",".join(map(str, samples // 5))) for lead, samples in leads]
+            lines = [f'<WaveformData lead="{lead}">{text}</WaveformData>' for lead, text in texts]
+            files["ecg"], text = f"{name}.xml", XML.format("\n".join(lines))
         else:
             end, offset = (("dat", 0), ("mat", 24))[subject % 3 - 1]
-            matlab = struct.pack("<5i4s", 30, *ecg_uv.shape, 0, 4, b"val\\0")[:offset]  # MAT 4 header
-            (folder / f"{name}.{end}").write_bytes(matlab + ecg_uv.T.tobytes())
-            lines = [f"{name}.{end} 16+{offset} 1000(0)/mV 16 0 {lead_uv[0]} 0 0 {lead}"
-                     for lead, lead_uv in zip(LEADS, ecg_uv, strict=True)]
-            (folder / files["ecg"]).write_text("\n".join([f"{name} 12 500 {ecg_uv.shape[1]}", *lines, ""]))
+            matlab = struct.pack("<5i4s", 30, *ecg_uv.shape, 0, 4, b"val\0")  # MAT 4 header
+            (folder / f"{name}.{end}").write_bytes(matlab[:offset] + ecg_uv.T.tobytes())
+            form = f"{name}.{end} 16+{offset} 1000(0)/mV 16 0"
+            lines = [f"{form} {samples[0]} 0 0 {lead}" for lead, samples in leads]
+            text = "\n".join([f"{name} 12 500 {ecg_uv.shape[1]}", *lines, ""])
+            files["ecg"] = f"{name}.hea"
+        (folder / files["ecg"]).write_text(text)
         rows.append({"id": name, **files, **describe(raw["heart"])})
     write_csv(folder / "manifest.csv", list(rows[0]), rows)
 
 
 # ---------------------------------------------------------------- commands
 
+
 def prepare(manifest, folder, workers=None, mains_hz=50, grid=GRID, spacing_mm=SPACING_MM):
-    """Raw files named by a manifest -> cohort folder; bad rows are reported, the rest goes on."""
-    table = read_manifest(manifest)
-    task = partial(prepare_row, mains_hz=mains_hz, grid=grid, spacing_mm=spacing_mm)
-    prepared = in_parallel(task, table["rows"], workers, "preparing")
-    source = {"kind": "manifest", "manifest": str(manifest), "mains_hz": mains_hz}
-    result = write_cohort(folder, prepared, table["columns"], grid, spacing_mm, source)
-    print(report(result, table["ignored"]) + f"\n{folder}: {result['counts']}")
+    """Raw files named by a manifest -> cohort folder; bad rows are reported, the rest goes on.
 
-
-def check(manifest, workers=None, mains_hz=50, grid=GRID, spacing_mm=SPACING_MM):
-    """Prepare every row in memory and report it. Returns the number of bad rows."""
+    Without a folder every row is prepared in memory and only reported. Returns how many are bad.
+    """
     table = read_manifest(manifest)
-    task = partial(prepare_row, mains_hz=mains_hz, grid=grid, spacing_mm=spacing_mm)
-    rejected, warnings = [], Counter()
-    for subject in in_parallel(task, table["rows"], workers, "checking"):
-        rejected += [subject] if "reason" in subject else []
-        warnings.update(subject.get("warnings", []))
-    print(report({"rejected": rejected, "warnings": warnings}, table["ignored"]))
-    print(f"{manifest}: {len(table['rows']) - len(rejected)} of {len(table['rows'])} rows are usable")
-    return len(rejected)
+    how = {"mains_hz": mains_hz, "grid": grid, "spacing_mm": spacing_mm}
+    task, what = (
+        partial(prepare_row, manifest=manifest, **how),
+        "preparing" if folder else "checking",
+    )
+    prepared = in_parallel(task, table["rows"], workers, what)
+    if folder:
+        source = {"kind": "manifest", "manifest": str(manifest), "mains_hz": mains_hz}
+        result = write_cohort(folder, prepared, table["columns"], grid, spacing_mm, source)
+    else:
+        result = {"rejected": [], "warnings": Counter()}
+        for subject in prepared:
+            result["rejected"] += [subject] if "reason" in subject else []
+            result["warnings"].update(subject.get("warnings", []))
+    bad, count = len(result["rejected"]), len(table["rows"])
+    print(report(result, table["ignored"]) or "nothing to report")
+    print(f"{folder or manifest}: {count - bad} of {count} rows are usable")
+    return bad
 
 
 def report(result, ignored):
+    """dict(rejected, warnings) -> text: each bad row, their reasons grouped, what is suspicious."""
     lines = [f"rejected {bad['id']}: {bad['file']}: {bad['reason']}" for bad in result["rejected"]]
-    if len(lines) > 1:
-        lines.append(f"reasons: {summarize_rejected(result['rejected'])}")
+    lines += [f"reasons: {summarize_rejected(result['rejected'])}"] if len(lines) > 1 else []
     lines += [f"warning: {text} ({n} subjects)" for text, n in result["warnings"].most_common()]
-    lines += [f"column {name} holds text and is ignored" for name in ignored]
+    lines += [f"column {name} holds no numbers and is ignored" for name in ignored]
     return "\n".join(lines)
 
 
@@ -1121,38 +1244,36 @@ def synthesize(folder, subjects, seed=0, workers=None, grid=GRID, spacing_mm=SPA
 
 
 def show(cohort, subject, out):
-    """Draw one subject: the 12-lead ECG on paper (25 mm/s, 10 mm/mV) beside its ED and ES slices."""
+    """Draw one subject: the 12-lead ECG on paper (lines at 0.2 s, 0.5 mV) beside ED and ES."""
     from matplotlib.figure import Figure  # slow to import, needed only here
 
-    if subject not in cohort["ids"]:
-        raise InputError(cohort["folder"], f"has no subject {subject}; ids run like {cohort['ids'][0]}")
+    example = f"has no subject {subject}; ids run like {cohort['ids'][0]}"
+    require(subject in cohort["ids"], cohort["folder"], example)
     row = cohort["ids"].index(subject)
     batch = read_batch(cohort, [row])
-    figure = Figure(figsize=(16, 7), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
-    axes = left.subplots()
-    seconds = np.arange(SECONDS * SAMPLING_RATE_HZ) / SAMPLING_RATE_HZ
-    for k, lead in enumerate(LEADS):  # four columns of 2.5 s, then lead II in full
-        column, line = k // 3, k % 3
-        part = (seconds >= 2.5 * column) & (seconds < 2.5 * column + 2.5)
-        axes.plot(seconds[part], batch["ecg"][0, k, part] - 3 * line, "k", lw=0.7)
-        axes.text(2.5 * column + 0.05, 0.9 - 3 * line, lead)
-    axes.plot(seconds, batch["ecg"][0, 1] - 9, "k", lw=0.7)
-    axes.text(0.05, -8.1, "II")
-    axes.set_xticks(np.arange(0, 10.1, 0.2), minor=True)
-    axes.set_yticks(np.arange(-11, 2.1, 0.5), minor=True)
-    axes.grid(which="both", color="#f3c6c6", lw=0.5)
-    axes.set(xlim=(0, 10), ylim=(-11, 2), xlabel="time (s)", ylabel="voltage (mV, 3 mV between rows)")
+    figure = Figure(figsize=(16, 9.5), layout="constrained")
+    axes = figure.subplot_mosaic([["ecg", "ed"], ["ecg", "es"]], width_ratios=(1.45, 1))
+    paper, seconds = axes["ecg"], np.arange(ECG_SHAPE[1]) / SAMPLING_RATE_HZ
+    traces = [(k, k // 3 * 625, 625, k % 3) for k in range(12)]  # four columns of 2.5 s
+    for lead, start, length, line in [*traces, (1, 0, 2500, 3)]:  # then lead II in full
+        part = slice(start, start + length)
+        paper.plot(seconds[part], batch["ecg"][0, lead, part] - 3 * line, "k", lw=0.8)
+        paper.text(seconds[start] + 0.05, 1 - 3 * line, LEADS[lead], weight="bold")
+    paper.set_xticks(np.arange(0, 10.1, 0.2), minor=True)
+    paper.set_yticks(np.arange(-11, 2.1, 0.5), minor=True)
+    paper.grid(which="both", color="#f3c6c6", lw=0.5)
+    paper.set(xlim=(0, 10), ylim=(-10.5, 2), xlabel="time (s)", ylabel="mV, rows 3 mV apart")
     values = ", ".join(f"{name} {column[row]:.3g}" for name, column in cohort["columns"].items())
-    left.suptitle(f"{subject}, {cohort['split'][row]}, {cohort['source']['kind']}: {values}", fontsize=8,
-                  wrap=True)
-    for figure_half, phase in zip(right.subfigures(2, 1), ("ed", "es"), strict=True):
-        volume = batch[phase][0, 0].numpy()  # (Z, Y, X)
-        figure_half.suptitle(f"{phase.upper()}, base to apex, {cohort['spacing_mm'][0]:g} mm apart")
-        for picture, axis in zip(volume, figure_half.subplots(2, math.ceil(len(volume) / 2)).flat):
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=1,
-                        aspect=cohort["spacing_mm"][1] / cohort["spacing_mm"][2])
-            axis.axis("off")
+    title = f"{subject}, {cohort['split'][row]}, {cohort['source']['kind']}: {values}"
+    figure.suptitle(title, fontsize=9, wrap=True)
+    mm_z, mm_y, mm_x = cohort["spacing_mm"]
+    for phase in ("ed", "es"):
+        slices = list(batch[phase][0, 0].numpy())  # of (Y, X), four in a row without gaps
+        slices += [np.zeros_like(slices[0])] * (-len(slices) % 4)
+        picture = np.block([slices[k : k + 4] for k in range(0, len(slices), 4)])
+        axes[phase].imshow(picture, cmap="gray", vmin=0, vmax=1, aspect=mm_y / mm_x)
+        axes[phase].set_title(f"{phase.upper()}, base to apex, {mm_z:g} mm apart")
+        axes[phase].axis("off")
     figure.savefig(out, dpi=110, format="png")
 
 
@@ -1164,8 +1285,8 @@ def exit_cleanly(main):
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except OSError as error:
-        print(f"error: {error.filename or 'output'}: {error.strerror or error}; "
-              "check the path, its permissions and the free space", file=sys.stderr)
+        why = f"{error.strerror or error}; check the path, its permissions and the free space"
+        print(f"error: {error.filename or 'output'}: {why}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -1174,39 +1295,44 @@ def exit_cleanly(main):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    raw_text = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw_text)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = {name: commands.add_parser(name) for name in ("check", "prepare", "synthesize", "demo", "show")}
+    names = ("check", "prepare", "synthesize", "demo", "show")
+    add = {name: commands.add_parser(name).add_argument for name in names}
     for name in ("check", "prepare"):
-        add[name].add_argument("manifest")
-        add[name].add_argument("--mains", type=int, choices=(50, 60, 0), default=50,
-                               help="mains frequency to notch out, Hz; 0: none (default 50)")
-    for name in ("prepare", "synthesize", "demo", "show"):
-        add[name].add_argument("folder")
+        add[name]("manifest")
+        mains = "frequency to notch out, Hz; 0: none (default 50)"
+        add[name]("--mains", type=int, choices=(50, 60, 0), default=50, help=mains)
+    for name in names[1:]:
+        add[name]("folder")
     for name, default in (("synthesize", 3000), ("demo", 12)):
-        add[name].add_argument("--subjects", type=int, default=default, help=f"default {default}")
-        add[name].add_argument("--seed", type=int, default=0, help="default 0")
+        add[name]("--subjects", type=int, default=default, help=f"default {default}")
+        add[name]("--seed", type=int, default=0, help="default 0")
     for name in ("check", "prepare", "synthesize"):
-        add[name].add_argument("--workers", type=int, help="processes (default: one a core)")
-        add[name].add_argument("--grid", type=int, nargs=3, default=GRID, metavar=("Z", "Y", "X"),
-                               help="voxels (default 12 64 64)")
-        add[name].add_argument("--spacing", type=float, nargs=3, default=SPACING_MM,
-                               metavar=("z", "y", "x"), help="mm (default 10 3 3)")
-    add["show"].add_argument("--subject", required=True, help="id in subjects.csv")
-    add["show"].add_argument("--out", default="subject.png", help="PNG to write (default subject.png)")
+        zyx = {"nargs": 3, "metavar": ("Z", "Y", "X")}
+        add[name]("--workers", type=int, help="processes (default: one a core)")
+        add[name]("--grid", type=int, default=GRID, help="voxels (default 12 64 64)", **zyx)
+        add[name]("--spacing", type=float, default=SPACING_MM, help="mm (default 10 3 3)", **zyx)
+    add["show"]("--subject", required=True, help="id in subjects.csv")
+    add["show"]("--out", default="subject.png", help="PNG to write (default subject.png)")
     args = parser.parse_args()
     for name, least in (("subjects", 1), ("workers", 1), ("seed", 0)):
-        if getattr(args, name, None) is not None and getattr(args, name) < least:
-            raise InputError(f"--{name}", f"must be at least {least}")
-    if "grid" in args and (min(args.grid) < 4 or not min(args.spacing) > 0):
-        raise InputError("--grid, --spacing", "need at least 4 voxels and a positive size along each axis")
+        value = getattr(args, name, None)
+        require(value is None or value >= least, f"--{name}", f"must be at least {least}")
+    common = {}
+    if "grid" in args:
+        small = all(4 <= n <= 512 for n in args.grid)
+        require(small, "--grid", "must be from 4 to 512 voxels along each axis")
+        valid = all(0.1 < mm < 100 for mm in args.spacing)
+        require(valid, "--spacing", "must be from 0.1 to 100 mm along each axis")
+        common = {"workers": args.workers, "grid": args.grid, "spacing_mm": args.spacing}
     if args.command == "check":
-        bad = check(args.manifest, args.workers, args.mains, args.grid, args.spacing)
-        return 2 if bad else 0
+        return 2 if prepare(args.manifest, None, mains_hz=args.mains, **common) else 0
     if args.command == "prepare":
-        prepare(args.manifest, args.folder, args.workers, args.mains, args.grid, args.spacing)
+        prepare(args.manifest, args.folder, mains_hz=args.mains, **common)
     elif args.command == "synthesize":
-        synthesize(args.folder, args.subjects, args.seed, args.workers, args.grid, args.spacing)
+        synthesize(args.folder, args.subjects, args.seed, **common)
     elif args.command == "demo":
         write_demo(args.folder, args.subjects, args.seed)
     else:

@@ -1,17 +1,21 @@
 """Freeze a trained ECG encoder and ask what it knows of the heart.
 
-    python evaluate.py runs/dual                                  # probe, retrieval; writes runs/dual/eval/
+    python evaluate.py runs/dual                     # probe, retrieval; writes runs/dual/eval/
     python evaluate.py runs/dual runs/ed runs/es --supervised --labels 50 100 250 500 1000 all
-    python evaluate.py runs/dual --predict new.csv                # phenotypes of new ECGs (columns id, ecg)
+    python evaluate.py runs/dual --predict new.csv   # phenotypes of new ECGs (columns id, ecg)
 
 Probes are linear: ridge for phenotypes, L2 logistic regression for outcomes, on the features before
 the head, standardised on training subjects. Their strength alpha is chosen on validation subjects;
-test subjects are used once, with a bootstrap over them for intervals.
+test subjects are used once, with a bootstrap over them for 95 % intervals.
 """
+
 import argparse
 import copy
 import json
+import re
 import sys
+import warnings
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -26,581 +30,702 @@ import loss
 import models
 
 ALPHAS = 10.0 ** np.arange(-1, 5.5, 0.5)
+RATES = (1e-3, 3e-3)  # learning rates among which the supervised opponent chooses
 DIRECTIONS = ("ecg_to_ed", "ecg_to_es", "ed_to_ecg", "es_to_ecg", "ed_to_es")
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")  # Okabe & Ito
-NOT_DIAGNOSTIC = "research use only, not for diagnosis"
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")  # Okabe, Ito
 
 
 # ---------------------------------------------------------------- frozen features
 
+
 def load_run(folder):
-    """dict(name, folder, model, args, cohort (fingerprint)) of a run folder, from best.pt."""
+    """A run folder's best model: dict(name, folder, model, args, cohort (fingerprint), grid)."""
     path = Path(folder) / "best.pt"
     if not path.is_file():
         raise data.InputError(folder, "holds no trained run (no best.pt); train one with train.py")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        model = models.DualPhase(saved["args"]["phases"])
+        with warnings.catch_warnings():  # weights_only: a foreign checkpoint must not run code
+            warnings.simplefilter("ignore")
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        model = models.DualPhase([name for name in ("ed", "es") if name in saved["args"]["phases"]])
         model.load_state_dict(saved["model"])
+        run = {"args": saved["args"], "cohort": saved["cohort"], "grid": saved.get("grid")}
+        return run | {"name": path.parent.resolve().name, "folder": path.parent, "model": model}
     except Exception as error:
-        reason = str(error).splitlines()[0][:100]
-        raise data.InputError(path, f"is damaged or of another architecture ({reason}); train again") from None
-    return {"name": Path(folder).resolve().name, "folder": Path(folder), "model": model.eval(),
-            "args": saved["args"], "cohort": saved["cohort"]}
+        text = f"is damaged or not of this code's architecture ({type(error).__name__})"
+        raise data.InputError(path, f"{text}; train again") from None
+
+
+def find_cohort(path, runs):
+    """The cohort to evaluate on; one that has another grid than a run was trained on is refused."""
+    wanted = path or runs[0]["args"]["data"]
+    if not path and not Path(wanted).exists():
+        text = f"was trained on {wanted}, which is not here; name a cohort with --data"
+        raise data.InputError(runs[0]["folder"], text)
+    cohort = data.find_cohort(wanted)
+    for run in runs:
+        grid, own = [*(run["grid"] or cohort["grid"])], [*cohort["grid"]]
+        if grid != own:
+            text = f"has a grid of {own} voxels but {run['folder']} was trained on {grid}"
+            raise data.InputError(cohort["folder"], f"{text}; prepare it with --grid")
+        if run["cohort"] != cohort["fingerprint"]:
+            tell(
+                f"{run['folder']} was trained on another cohort ({run['args']['data']}) or an older"
+            )
+            tell(f"state of it; its training subjects may be test subjects of {cohort['folder']}")
+    return cohort
+
+
+def batches(cohort, rows, device, names):
+    """Batches of at most 128 rows, without augmentation, read ahead."""
+    parts = np.array_split(rows, max(1, -(-len(rows) // 128)))
+    return data.read_ahead(partial(data.read_batch, cohort, device=device, names=names), parts)
 
 
 @torch.no_grad()
 def extract(model, cohort, device, names=("ecg", "ed", "es")):
-    """Features {name: (N, D)} and embeddings {name: (N, 128)} of every subject by a frozen model.
+    """Features and embeddings of every subject by a frozen model: two dicts {name: (N, 128)}.
 
     Frozen means frozen: a parameter or buffer that changes meanwhile is an error.
     """
-    model = model.to(device).eval()
+    model = model.to(device).eval()  # in training mode, batch statistics would drift
     before = copy.deepcopy(model.state_dict())
-    names = [name for name in names if name in model.encoders]
-    parts = []
-    load = partial(data.read_batch, cohort, device=device, names=names)
-    for batch in data.read_ahead(load, np.array_split(np.arange(len(cohort["ids"])), -(-len(cohort["ids"]) // 128))):
+    names, parts = [name for name in names if name in model.encoders], []
+    for batch in batches(cohort, np.arange(len(cohort["ids"])), device, names):
         features = model(batch)
         parts.append((features, model.embed(features)))
     if any(not torch.equal(before[key], value) for key, value in model.state_dict().items()):
         raise RuntimeError("the frozen encoder changed while features were extracted")
-    features, embeddings = ({name: torch.cat([part[k][name] for part in parts]).cpu() for name in names}
-                            for k in (0, 1))
-    return {"features": {name: x.numpy().astype(np.float64) for name, x in features.items()},
-            "embeddings": embeddings}
+
+    def joined(k):
+        return {name: torch.cat([part[k][name] for part in parts]).cpu() for name in names}
+
+    features = {name: x.numpy() for name, x in joined(0).items()}
+    if not all(np.isfinite(x).all() for x in features.values()):
+        raise data.InputError("best.pt", "gives features that are not finite; train again")
+    return features, joined(1)
 
 
-# ---------------------------------------------------------------- probes
-
-def standardise(x, rows):
-    return (x - x[rows].mean(0)) / (x[rows].std(0) + 1e-9)
+# ---------------------------------------------------------------- probes and scores
 
 
-def fit_ridge(x, y, train, val):
-    """Ridge in closed form: w = (X'X + alpha I)^-1 X'y, alpha with the least validation error.
+def ridge(x, y, alphas):
+    """Weights and intercept, last, (D + 1, alphas), of the least squares + alpha |w|^2.
 
-    x (N, D) features, y (N,) with nan where unknown; only rows train and val are looked at. Returns
-    dict(prediction (N,), alpha, mean (of y on train)), or None with fewer than 3 training labels.
+    w = (X'X + alpha I)^-1 X'y with X and y centred, for which one eigh serves all alphas.
     """
-    train, val = train[~np.isnan(y[train])], val[~np.isnan(y[val])]
-    if len(train) < 3:
-        return None
-    x, mean = standardise(x, train), y[train].mean()
-    values, vectors = np.linalg.eigh(x[train].T @ x[train])
-    target = vectors.T @ (x[train].T @ (y[train] - mean))
-    weights = vectors @ (target[:, None] / (values.clip(0)[:, None] + ALPHAS))  # (D, alphas)
-    predictions = x @ weights + mean  # (N, alphas)
-    errors = np.square(predictions[val] - y[val, None]).mean(0) if len(val) else np.abs(np.log10(ALPHAS) - 2)
-    best = int(errors.argmin())
-    return {"prediction": predictions[:, best], "alpha": ALPHAS[best], "mean": mean}
+    center = x.mean(0)
+    values, vectors = np.linalg.eigh((x - center).T @ (x - center))
+    target = vectors.T @ ((x - center).T @ (y - y.mean()))
+    weights = vectors @ (target[:, None] / (values.clip(0)[:, None] + alphas))
+    return np.vstack([weights, y.mean() - center @ weights])
 
 
-def fit_logistic(x, y, train, val):
-    """L2 logistic regression by Newton's method, alpha with the least validation log loss.
+def logistic(x, y, alphas):
+    """Weights, intercept last, (D + 1, alphas), of the least sum of log losses + alpha/2 |w|^2.
 
-    As fit_ridge; prediction is the probability. None without both classes among training labels.
+    Newton's method, from strong to weak alphas, each starting where the last one ended.
     """
-    train, val = train[~np.isnan(y[train])], val[~np.isnan(y[val])]
-    if len(set(y[train])) < 2:
-        return None
-    x = np.column_stack([standardise(x, train), np.ones(len(x))])
-    best, weights = None, np.zeros(x.shape[1])
-    for alpha in ALPHAS[::-2]:  # from strong to weak, each starting where the last one ended
-        penalty = np.append(np.full(x.shape[1] - 1, alpha), 1e-6)  # the intercept goes free
-        for _ in range(20):
-            p = special.expit(x[train] @ weights)
-            slope = x[train].T @ (p - y[train]) + penalty * weights
-            curve = (x[train].T * (p * (1 - p) + 1e-9)) @ x[train] + np.diag(penalty)
+    x, found = np.column_stack([x, np.ones(len(x))]), {}
+    weights = np.append(np.zeros(x.shape[1] - 1), special.logit(y.mean()))
+    for alpha in sorted(alphas, reverse=True):
+        penalty = np.append(np.full(x.shape[1] - 1, alpha), 1e-9)  # the intercept goes free
+        for _ in range(30):
+            p = special.expit(x @ weights)
+            half = x * np.sqrt(p * (1 - p))[:, None]
+            slope, curve = x.T @ (p - y) + penalty * weights, half.T @ half + np.diag(penalty)
             step = np.linalg.solve(curve, slope)
             weights = weights - step / max(1, np.abs(step).max())
-            if np.abs(step).max() < 1e-5:
+            if np.abs(step).max() < 1e-4:  # the error left is about its square
                 break
-        z = x @ weights
-        error = np.logaddexp(0, -z[val] * (2 * y[val] - 1)).mean() if len(val) else abs(np.log10(alpha) - 2)
-        if best is None or error < best["error"]:
-            best = {"prediction": special.expit(z), "alpha": alpha, "error": error}
-    return best
+        found[alpha] = weights
+    return np.stack([found[alpha] for alpha in alphas], 1)
+
+
+def standardise(x, train):
+    """Zero mean and unit spread over the training split, labelled or not, as ECGs are known there.
+
+    Over a few labelled subjects alone, features that are nearly constant among them would explode.
+    """
+    if len(train) == 0:
+        return x
+    mean, std = x[train].mean(0, dtype=float), x[train].std(0, dtype=float)
+    return (x - mean) / np.where(std > 1e-9, std, 1)
+
+
+def fit(x, y, rows, binary):
+    """Probe standardised x (N, D) for y (N,), nan where unknown: looks at train and val alone.
+
+    Returns dict(prediction (N,) in y's unit or as a probability, alpha with the least validation
+    error, mean of y on train), or None with fewer than 3 training labels or a single class.
+    """
+    train, val = (rows[name][~np.isnan(y[rows[name]])] for name in ("train", "val"))
+    if len(train) < 3 or (binary and len(set(y[train])) < 2):
+        return None
+    weights = (logistic if binary else ridge)(x[train], y[train], ALPHAS)
+    z = x @ weights[:-1] + weights[-1]  # (N, alphas)
+    errors = np.square(z[val] - y[val, None])
+    if binary:
+        errors = np.logaddexp(0, z[val] * (1 - 2 * y[val, None]))
+    best = int(errors.mean(0).argmin()) if len(val) else len(ALPHAS) // 2  # 100: a medium choice
+    prediction = special.expit(z[:, best]) if binary else z[:, best]
+    return {"prediction": prediction, "alpha": float(ALPHAS[best]), "mean": y[train].mean()}
 
 
 def resamples(n, count, seed):
-    """How often each of n test subjects is drawn in each bootstrap sample: (count, n)."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=count).astype(float)
+    """How often each of n subjects counts, (1 + count, n): once each, then bootstrap samples."""
+    if n == 0:
+        return np.ones((1 + count, 0))
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=count)
+    return np.vstack([np.ones(n), drawn])
 
 
 def r2(y, prediction, mean, counts):
-    """R^2 against the training mean, (len(counts),): 1 - sum (y - p)^2 / sum (y - mean)^2."""
-    return 1 - counts @ np.square(y - prediction) / np.maximum(counts @ np.square(y - mean), 1e-12)
+    """R^2 against the training mean per row of counts: 1 - sum (y - p)^2 / sum (y - mean)^2."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return 1 - counts @ np.square(y - prediction) / (counts @ np.square(y - mean))
 
 
 def auroc(y, score, counts):
-    """Area under the ROC curve with ties counted half, (len(counts),); nan without both classes."""
-    levels, place = np.unique(score, return_inverse=True)
-    positive, negative = (np.stack([np.bincount(place, row * (y == k), len(levels)) for row in counts])
-                          for k in (1, 0))
+    """Area under the ROC curve per row of counts, ties counted half; nan without both classes."""
+    order = np.argsort(score)
+    ties = np.flatnonzero(np.append(True, np.diff(score[order]) != 0))  # where each level begins
+    weights = (counts[:, order] * (y[order] == k) for k in (1, 0))
+    positive, negative = (np.add.reduceat(weight, ties, axis=1) for weight in weights)
     below = negative.cumsum(1) - negative / 2
     with np.errstate(invalid="ignore"):
         return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
 
 
 def average_precision(y, score):
-    """Area under the precision-recall curve as the mean precision at each positive."""
-    order = np.argsort(-score, kind="stable")
-    hits = y[order].cumsum()
-    last = np.append(np.diff(score[order]) != 0, True)  # ties count together
-    recall = np.diff(np.append(0, hits[last])) / hits[-1]
-    return float((recall * hits[last] / (np.flatnonzero(last) + 1)).sum())
+    """Area under the precision-recall curve: mean precision at each positive, ties together."""
+    order = np.argsort(-score)
+    last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
+    hits = y[order].cumsum()[last]
+    return float((np.diff(hits, prepend=0) * hits / (last + 1)).sum() / hits[-1])
 
 
-def interval(values):
-    return [float(v) for v in np.nanpercentile(values, [2.5, 97.5])] if np.isfinite(values).any() else None
+def summary(samples, name, interval="{}_ci"):
+    """Row 0 of samples is the value itself: {name: value, name_ci: 95 % bootstrap interval}."""
+    ci = [float(end) for end in np.nanpercentile(samples, [2.5, 97.5])]
+    return {name: float(samples[0]), interval.format(name): ci}
 
 
-def probe(x, cohort, rows, bootstrap, seed, outcomes=True):
-    """Probe every target from features x: dict(phenotypes, outcomes) of metrics, and the samples.
+def groups(names):
+    """Phenotypes of size and of contraction, told apart by name."""
+    functional = [n for n in names if re.search(r"(SV|EF|CO|STRAIN)(_|$)", n.upper())]
+    return {"structural": [n for n in names if n not in functional], "functional": functional}
 
-    rows: dict(train, val, test). samples[target] (bootstrap,) are for paired differences.
+
+def probe(x, cohort, rows, counts, outcomes=True):
+    """Probe every target from standardised x (N, D); counts (samples, test) of resamples.
+
+    Returns metrics under "probe", "groups" (mean R^2) and "outcomes", and per target its "samples"
+    and "predictions". Targets without labels enough to fit or to score are left out.
     """
-    result = {"phenotypes": {}, "outcomes": {}, "samples": {}, "predictions": {}}
+    result = {"probe": {}, "groups": {}, "outcomes": {}, "samples": {}, "predictions": {}}
     for target in cohort["phenotypes"] + cohort["outcomes"] * outcomes:
-        y, is_outcome = cohort["columns"][target], target in cohort["outcomes"]
-        fit = (fit_logistic if is_outcome else fit_ridge)(x, y, rows["train"], rows["val"])
-        test = rows["test"][~np.isnan(y[rows["test"]])]
-        if fit is None or len(test) < 3 or np.ptp(y[test]) == 0:
+        y, binary = cohort["columns"][target], target in cohort["outcomes"]
+        known = ~np.isnan(y[rows["test"]])
+        test, found = rows["test"][known], fit(x, y, rows, binary)
+        if found is None or len(test) < 3 or np.ptp(y[test]) == 0:
             continue
-        p, counts = fit["prediction"][test], resamples(len(test), bootstrap, seed)
-        one = np.ones((1, len(test)))
-        if is_outcome:
-            samples = auroc(y[test], p, counts)
-            result["outcomes"][target] = {
-                "auroc": float(auroc(y[test], p, one)[0]), "auroc_ci": interval(samples),
-                "auprc": average_precision(y[test], p), "prevalence": float(y[test].mean()),
-                "n_test": len(test), "alpha": float(fit["alpha"])}
+        truth, p, about = y[test], found["prediction"][test], {"n_test": len(test)}
+        if binary:
+            samples = auroc(truth, p, counts[:, known])
+            about |= {"auprc": average_precision(truth, p), "prevalence": float(truth.mean())}
         else:
-            samples = r2(y[test], p, fit["mean"], counts)
-            result["phenotypes"][target] = {
-                "r2": float(r2(y[test], p, fit["mean"], one)[0]), "r2_ci": interval(samples),
-                "pearson": float(np.corrcoef(y[test], p)[0, 1]) if np.ptp(p) > 0 else 0.0,
-                "mae": float(np.abs(y[test] - p).mean()), "n_test": len(test), "alpha": float(fit["alpha"])}
-        result["samples"][target], result["predictions"][target] = samples, fit["prediction"]
+            samples = r2(truth, p, found["mean"], counts[:, known])
+            about["pearson"] = float(np.corrcoef(truth, p)[0, 1]) if np.ptp(p) > 0 else 0.0
+            about["mae"] = float(np.abs(truth - p).mean())
+        about |= summary(samples, "auroc" if binary else "r2") | {"alpha": found["alpha"]}
+        result["outcomes" if binary else "probe"][target] = about
+        result["samples"][target], result["predictions"][target] = samples, found["prediction"]
+    for group, names in groups(result["probe"]).items():
+        if names:
+            result["samples"][group] = sum(result["samples"][name] for name in names) / len(names)
+            result["groups"][group] = summary(result["samples"][group], "r2")
     return result
 
 
-def paired(a, b):
-    """Difference of two probes on the same bootstrap samples, per target."""
-    table = {}
-    for kind, score in (("phenotypes", "r2"), ("outcomes", "auroc")):
-        for target in a[kind].keys() & b[kind].keys():
-            table[target] = {f"delta_{score}": a[kind][target][score] - b[kind][target][score],
-                             "ci": interval(a["samples"][target] - b["samples"][target])}
-    return table
+def compare(a, b):
+    """Two probes on the same resampled test subjects: a - b per target, a / b - 1 per group."""
+
+    def table(kind, name, change):
+        pairs = {k: (a["samples"][k], b["samples"][k]) for k in a[kind] if k in b[kind]}
+        # relative to nothing has no meaning
+        kept = {k: pair for k, pair in pairs.items() if name != "relative" or pair[1][0] > 0.01}
+        return {k: summary(change(*pair), name, "ci") for k, pair in kept.items()}
+
+    return {
+        "paired": table("probe", "delta_r2", np.subtract),
+        "paired_outcomes": table("outcomes", "delta_auroc", np.subtract),
+        "relative": table("groups", "relative", lambda own, other: own / other - 1),
+    }
 
 
-def retrieval(embeddings, rows, bootstrap, seed):
-    """recall@k, median rank and intervals over the whole test split, for every pair of encoders."""
+def retrieval(embeddings, rows):
+    """recall@k, median rank and 95 % intervals over the whole test split, for every direction."""
     result, n = {}, len(rows)
     for direction in DIRECTIONS:
         query, gallery = direction.split("_to_")
         if query in embeddings and gallery in embeddings and n > 1:
-            ranks = loss.retrieval_ranks(embeddings[query][rows], embeddings[gallery][rows]).numpy()
-            counts = resamples(n, bootstrap, seed)
-            result[direction] = {"median_rank": float(np.median(ranks)), "n": n}
-            for k in (1, 5, 10):
-                result[direction] |= {f"recall@{k}": float((ranks <= k).mean()),
-                                      f"recall@{k}_ci": interval(counts @ (ranks <= k) / n),
-                                      f"chance@{k}": min(k / n, 1.0)}
+            ranks = loss.retrieval_ranks(embeddings[query][rows], embeddings[gallery][rows])
+            ranks = np.sort(ranks.numpy())
+            low, high = stats.binom.ppf([0.025, 0.975], n, 0.5).astype(int)  # of order statistics
+            found = {"median_rank": float(np.median(ranks)), "chance_rank": (n + 1) / 2, "n": n}
+            found["median_rank_ci"] = [int(ranks[max(low - 1, 0)]), int(ranks[min(high, n - 1)])]
+            for k in (1, 5, 10):  # exact intervals: a bootstrap without any hit would say [0, 0]
+                hits = int((ranks <= k).sum())
+                found |= {f"recall@{k}": hits / n, f"chance@{k}": min(k / n, 1.0)}
+                found[f"recall@{k}_ci"] = [*stats.binomtest(hits, n).proportion_ci()]
+            result[direction] = found
     return result
 
 
 # ---------------------------------------------------------------- supervised opponent, few labels
 
-def train_supervised(cohort, train, val, device, seed, rates=(1e-3, 3e-3)):
+
+def train_supervised(cohort, train, val, device, seed, rates=RATES):
     """The same ECG encoder trained from scratch on the labels: a fair opponent of the frozen one.
 
     One linear output per target on standardised values (cross-entropy for outcomes), all targets at
-    once, the augmentation of train.py; learning rate and epoch by validation loss. Its features are
-    then probed like any other encoder's. Returns dict(model, rate, error).
+    once, the augmentation of train.py; learning rate and epoch by validation loss. Its outputs, for
+    which it was trained, are then probed like features. Returns dict(outputs (N, targets), rate).
     """
     targets = cohort["phenotypes"] + cohort["outcomes"]
     y = np.stack([cohort["columns"][name] for name in targets], 1)
-    binary = torch.tensor([name in cohort["outcomes"] for name in targets])
-    mean, std = np.nanmean(y[train], 0), np.nanstd(y[train], 0) + 1e-9
-    y = torch.from_numpy(np.where(binary, y, (y - mean) / std).astype(np.float32))
+    binary = np.array([name in cohort["outcomes"] for name in targets])
+    known = np.ma.masked_invalid(y[train])
+    mean, std = known.mean(0).filled(0), known.std(0).filled(1) + 1e-9
+    y = torch.from_numpy(np.where(binary, y, (y - mean) / std).astype(np.float32)).to(device)
 
-    def error(model, output, batch, rows):
-        got, wanted = output(model(batch)["ecg"]).cpu(), y[rows]
-        square = (got - wanted.nan_to_num()).square()
-        entropy = F.binary_cross_entropy_with_logits(got, wanted.nan_to_num(), reduction="none")
-        return torch.where(binary, entropy, square)[~wanted.isnan()].mean()
+    def error(output, wanted):  # mean over the labels that are known
+        known, wanted = ~wanted.isnan(), wanted.nan_to_num()
+        entropy = F.binary_cross_entropy_with_logits(output, wanted, reduction="none")
+        select = torch.from_numpy(binary).to(device)
+        each = torch.where(select, entropy, (output - wanted).square())
+        return each[known].sum() / known.sum().clamp(min=1)
 
-    best = {"error": np.inf}
-    size, epochs = max(2, min(64, len(train) // 4)), int(np.clip(12_000 // len(train) + 10, 10, 60))
-    heard = data.read_batch(cohort, val, device, names=("ecg",))
+    def load(rows, epoch):
+        heart = torch.zeros(len(rows), 1, 1, 2, 2, device=device)  # augment wants one
+        batch = data.read_batch(cohort, rows, device, names=("ecg",))
+        batch = data.augment(batch | {"ed": heart, "es": heart}, rows, seed, epoch)
+        return batch["ecg"], y[rows]
+
+    @torch.no_grad()
+    def outputs(net, rows):
+        heard = batches(cohort, rows, device, ("ecg",))
+        return torch.cat([net.eval()(batch["ecg"]) for batch in heard])
+
+    best, size = {"error": np.inf}, min(16 if len(train) < 800 else 32, len(train) // 2)
+    epochs = int(np.clip(9_000 // len(train) + 8, 14, 48))
     for rate in rates:
         torch.manual_seed(seed)
-        model, output = models.DualPhase(()).to(device), torch.nn.Linear(models.FEATURES, len(targets)).to(device)
-        optimizer = torch.optim.AdamW([*model.encoders.parameters(), *output.parameters()], weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * max(1, len(train) // size))
+        net = [models.ecg_encoder(), torch.nn.Linear(models.FEATURES, len(targets))]
+        net = torch.nn.Sequential(*net).to(device)
+        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+        steps = epochs * (len(train) // size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
         for epoch in range(epochs):
-
-            def load(rows, epoch=epoch):
-                batch = data.read_batch(cohort, rows, device, names=("ecg",))
-                return rows, data.augment(batch, rows, seed, epoch)
-
-            model.train()
-            for rows, batch in data.read_ahead(load, data.epoch_batches(train, size, seed, epoch)):
-                optimizer.zero_grad()
-                error(model, output, batch, rows).backward()
+            parts = data.epoch_batches(train, size, seed, epoch)
+            for ecg, wanted in data.read_ahead(partial(load, epoch=epoch), parts):
+                error(net.train()(ecg), wanted).backward()
                 optimizer.step()
+                optimizer.zero_grad()
                 schedule.step()
-            model.eval()
-            with torch.no_grad():
-                score = float(error(model, output, heard, val))
+            score = float(error(outputs(net, val), y[val]))
             if score < best["error"]:
-                best = {"error": score, "rate": rate, "model": copy.deepcopy(model)}
-    return best
+                best = {"error": score, "rate": rate, "net": copy.deepcopy(net)}
+    everyone = outputs(best["net"], np.arange(len(y))).cpu().numpy()
+    return {"outputs": everyone, "rate": best["rate"]}
 
 
-def label_curve(encoders, cohort, rows, counts, supervised, device, seed):
-    """R^2 on test against the number of labels: {n: {method: {phenotype: dict(r2, sd)}}}.
+def draw_labels(train, count, seed):
+    """A budget of count labels pays for validation too: a fifth chooses, the rest is fitted."""
+    picked = np.random.default_rng(seed).choice(train, count, replace=False)
+    return {"train": picked[count // 5 :], "val": picked[: count // 5]}
 
-    A budget of n labels pays for validation too: a fifth of it chooses alpha (or rate and epoch), the
-    rest is fitted. Frozen features get 10 draws of n subjects, supervised training 3; 'all' is one
-    draw, the whole training and validation splits. supervised: also train from scratch.
+
+def label_curve(encoders, cohort, rows, counts, device, seed):
+    """R^2 on test against the number of labels: {n: {method: {phenotype: dict(r2, sd, draws)}}}.
+
+    encoders: {method: features (N, D)}. Mean and spread of 10 draws of n labels, or 3 for the
+    supervised encoder, trained anew on each. "all": the whole training and validation splits.
     """
-    curve = {}
+    curve, one = {}, np.ones((1, len(rows["test"])))
     for count in counts:
-        scores, rates = {}, (1e-3, 3e-3)
-        draws = 1 if count == "all" else 10
-        for draw in range(draws):
-            chosen = rows
+        scores, rates = {}, RATES
+        for draw in range(1 if count == "all" else 10):
+            chosen, features = rows, dict(encoders)
             if count != "all":
-                picked = np.random.default_rng([seed, int(count), draw]).choice(
-                    rows["train"], int(count), replace=False)
-                chosen = {**rows, "train": picked[int(count) // 5:], "val": picked[:int(count) // 5]}
-            features = dict(encoders)
-            if supervised and count != "all" and draw < 3:
+                chosen = rows | draw_labels(rows["train"], int(count), [seed, int(count), draw])
+            if count != "all" and features.pop("supervised", None) is not None and draw < 3:
                 tell(f"supervised on {count} labels, draw {draw + 1} of 3")
-                best = train_supervised(cohort, chosen["train"], chosen["val"], device, seed + draw, rates)
+                split = chosen["train"], chosen["val"]
+                best = train_supervised(cohort, *split, device, seed + draw, rates)
+                features["supervised"] = best["outputs"]
                 rates = (best["rate"],)  # chosen on the first draw
-                features["supervised"] = extract(best["model"], cohort, device)["features"]["ecg"]
             for method, x in features.items():
-                if method == "supervised" and count != "all" and draw >= 3:
-                    continue
-                for target, metrics in probe(x, cohort, chosen, 1, seed, False)["phenotypes"].items():
-                    scores.setdefault(method, {}).setdefault(target, []).append(metrics["r2"])
-        curve[str(count)] = {method: {target: {"r2": float(np.mean(v)), "sd": float(np.std(v))}
-                                      for target, v in table.items()} for method, table in scores.items()}
+                x = standardise(x, rows["train"])
+                for target, found in probe(x, cohort, chosen, one, outcomes=False)["probe"].items():
+                    scores.setdefault((method, target), []).append(found["r2"])
+        table = curve[str(count)] = {}
+        for (method, target), r in scores.items():
+            found = {"r2": float(np.mean(r)), "sd": float(np.std(r)), "draws": len(r)}
+            table.setdefault(method, {})[target] = found
     return curve
 
 
 # ---------------------------------------------------------------- prediction
 
-def predict(run, cohort, table, device):
-    """Phenotypes and outcomes of new ECGs: the frozen encoder, and probes fitted on the run's cohort.
+
+def predict(run, cohort, rows, table, device):
+    """Phenotypes and outcomes of new ECGs: the frozen encoder, probes fitted on the run's cohort.
 
     Writes predictions.csv beside the table of ids and ECGs. The 95 % interval of a phenotype is the
-    prediction plus or minus the 95 % quantile of absolute validation residuals (split conformal).
+    prediction +- the 95 % quantile of absolute validation residuals (split conformal).
     """
-    rows = split_rows(cohort)
-    known = extract(run["model"], cohort, device, ("ecg",))["features"]["ecg"]
-    mains_hz = cohort["source"].get("mains_hz", 50)
-    new, rejected = [], []
+    known = extract(run["model"], cohort, device, ("ecg",))[0]["ecg"]
+    ids, new, rejected, doubts = [], [], [], Counter()
     for row in data.read_table(table, ("id", "ecg")):
+        path = Path(table).parent / row.get("ecg", "")
         try:
-            if "wrong" in row:
-                raise data.InputError(table, row["wrong"])
-            path = Path(table).parent / row["ecg"]
-            ecg = data.read_clean_ecg(path, mains_hz)["ecg"]
-            with torch.no_grad():
-                mv = torch.from_numpy(ecg[None] / np.float32(1000)).to(device)
-                new.append((row["id"], run["model"]({"ecg": mv})["ecg"].cpu().numpy()[0]))
-        except data.InputError as error:
-            rejected.append({"id": row.get("id", ""), "file": error.where, "reason": error.why})
+            if "wrong" in row or not path.is_file():
+                raise data.InputError(path, row.get("wrong", "is no file; correct the path"))
+            ecg = data.read_clean_ecg(path, cohort["source"].get("mains_hz", 50))
+        except Exception as error:  # one file that breaks a reader must not stop the others
+            told = {"file": getattr(error, "where", path), "reason": getattr(error, "why", error)}
+            rejected.append({"id": row.get("id", ""), **told})
+            continue
+        doubts.update(ecg["warnings"])
+        batch = {"ecg": torch.from_numpy(ecg["ecg"][None] / np.float32(1000)).to(device)}
+        with torch.no_grad():
+            new.append(run["model"](batch)["ecg"].cpu().numpy())
+        ids.append(row["id"])
     for bad in rejected:
         print(f"rejected {bad['id']}: {bad['file']}: {bad['reason']}", file=sys.stderr)
+    if len(rejected) > 1:
+        print(f"reasons: {data.summarize_rejected(rejected)}", file=sys.stderr)
+    for text, count in doubts.most_common():
+        print(f"warning: {text} ({count} subjects)", file=sys.stderr)
     if not new:
-        raise data.InputError(table, "names no readable ECG; see the reasons above")
-    x = np.concatenate([known, np.stack([feature for _, feature in new])])
-    columns = {"id": [name for name, _ in new]}
+        raise data.InputError(table, "names no readable ECG; the reasons stand above")
+    x, columns = standardise(np.concatenate([known, *new]), rows["train"]), {"id": ids}
     for target in cohort["phenotypes"] + cohort["outcomes"]:
         y = np.concatenate([cohort["columns"][target], np.full(len(new), np.nan)])
-        is_outcome = target in cohort["outcomes"]
-        fit = (fit_logistic if is_outcome else fit_ridge)(x, y, rows["train"], rows["val"])
-        if fit is None:
+        found = fit(x, y, rows, target in cohort["outcomes"])
+        if found is None:
+            tell(f"{target}: too few training labels, not predicted")
             continue
-        columns[f"{target}_probability" if is_outcome else target] = fit["prediction"][len(known):]
-        if not is_outcome and len(rows["val"]) >= 20:
-            error = np.abs(fit["prediction"] - y)
-            val, test = (error[rows[name]][~np.isnan(error[rows[name]])] for name in ("val", "test"))
-            half = np.quantile(val, min(1, 0.95 * (1 + 1 / len(val))))
-            columns[f"{target}_low"] = columns[target] - half
-            columns[f"{target}_high"] = columns[target] + half
-            print(f"{target}: prediction +- {half:.3g}; the interval covers {(test <= half).mean():.1%} "
-                  f"of {len(test)} test subjects")
+        p = found["prediction"][len(known) :]
+        if target in cohort["outcomes"]:
+            columns[f"{target}_probability"] = p
+            continue
+        columns[target], error = p, np.abs(found["prediction"] - y)
+        val, test = (error[rows[k]][~np.isnan(y[rows[k]])] for k in ("val", "test"))
+        if len(val) < 20:
+            tell(f"{target}: {len(val)} validation labels are too few for an interval (20 needed)")
+            continue
+        half = np.quantile(val, min(1, 0.95 * (1 + 1 / len(val))), method="higher")
+        columns |= {f"{target}_low": p - half, f"{target}_high": p + half}
+        covered = f"{(test <= half).mean():.1%} of {len(test)}" if len(test) else "none of 0"
+        print(f"{label(target)}: 95 % interval +- {half:.3g} holds for {covered} test subjects")
+    texts = ((v if isinstance(v, str) else f"{v:.5g}" for v in c) for c in columns.values())
+    lines = [dict(zip(columns, line, strict=True)) for line in zip(*texts, strict=True)]
     out = Path(table).with_name("predictions.csv")
-    lines = [dict(zip(columns, (v if isinstance(v, str) else f"{v:.5g}" for v in values), strict=True))
-             for values in zip(*columns.values(), strict=True)]
-    data.write_csv(out.with_suffix(".partial"), list(columns), lines)
-    out.with_suffix(".partial").replace(out)
-    print(f"wrote {out}: {len(new)} predicted, {len(rejected)} rejected; {NOT_DIAGNOSTIC}")
+    write(out, lambda file: data.write_csv(file.name, columns, lines))
+    print(f"wrote {out}: {len(new)} predicted, {len(rejected)} rejected")
+    print("Research use only, not for diagnosis.")
 
 
 # ---------------------------------------------------------------- figures and tables
 
-def is_functional(name):
-    """Whether a phenotype describes contraction rather than size, by its name."""
-    return any(part in name.upper() for part in ("SV", "EF", "STRAIN"))
+
+def label(name):
+    """LVEF_pct -> LVEF (%)."""
+    stem, _, unit = name.rpartition("_")
+    return f"{stem} ({unit.replace('pct', '%')})" if stem else name
 
 
-def bars(path, methods, phenotypes, note):
-    """R^2 of every method for every phenotype, with bootstrap intervals."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axis, width = figure.subplots(), 0.8 / len(methods)
-    for k, (name, table) in enumerate(methods.items()):
-        shown = [(i, table[target]) for i, target in enumerate(phenotypes) if target in table]
-        place = [i + (k - (len(methods) - 1) / 2) * width for i, _ in shown]
-        value = np.array([m["r2"] for _, m in shown])
-        reach = np.abs(np.array([m["r2_ci"] or [m["r2"]] * 2 for _, m in shown]).T - value)
-        axis.bar(place, value, width * 0.9, color=COLORS[k % len(COLORS)], label=name)
-        axis.errorbar(place, value, reach, fmt="none", ecolor="black", lw=0.8)
-    axis.set_xticks(range(len(phenotypes)), [f"{p}\n{'functional' if is_functional(p) else 'structural'}"
-                                             for p in phenotypes])
-    axis.set(ylabel="R² on test (95 % bootstrap)", title=f"What a linear probe reads{note}")
-    axis.legend(frameon=False, ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    save_figure(figure, path)
+def write(path, save):
+    """Aside, then renamed: no name ever holds half a file."""
+    aside = path.with_name(path.name + ".partial")
+    with open(aside, "wb") as file:
+        save(file)
+    aside.replace(path)
 
 
-def label_figure(path, curve, labels, target, note):
-    """R^2 of one phenotype against the number of labels; labels: {budget: number of subjects}."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+def bars(methods, title):
+    """R^2 of every method for every phenotype, structural ones first, with bootstrap intervals."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axis, width = figure.subplots(), 0.84 / len(methods)
+    grouped = groups(dict.fromkeys(name for table in methods.values() for name in table))
+    names = grouped["structural"] + grouped["functional"]
+    for k, (method, table) in enumerate(methods.items()):
+        shift = (k - (len(methods) - 1) / 2) * width
+        place = [i + shift for i, name in enumerate(names) if name in table]
+        shown = [[table[n]["r2"], *table[n]["r2_ci"]] for n in names if n in table]
+        value, *ends = np.array(shown).reshape(-1, 3).T
+        axis.bar(place, value, width, color=COLORS[k % len(COLORS)], label=method)
+        axis.errorbar(place, value, np.abs(ends - value), fmt="none", ecolor="black", lw=0.8)
+    axis.set_xticks(range(len(names)), [label(name).replace(" ", "\n") for name in names])
+    axis.axvline(len(grouped["structural"]) - 0.5, color="gray", lw=1)
+    axis.set(xlabel="structural | functional phenotypes", ylabel="R² on test, 95 % bootstrap")
+    axis.set(title=title, ylim=(max(-0.5, axis.get_ylim()[0]), None))
+    figure.legend(frameon=False, ncols=4, loc="outside lower center")
+    return figure
+
+
+def label_figure(curve, sizes, target, title):
+    """R^2 of one phenotype against the number of labels; sizes: {budget: subjects}."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     axis = figure.subplots()
-    for k, name in enumerate(dict.fromkeys(name for table in curve.values() for name in table)):
-        points = [(labels[n], table[name][target]) for n, table in curve.items()
-                  if target in table.get(name, {})]
-        axis.errorbar([n for n, _ in points], [m["r2"] for _, m in points], [m["sd"] for _, m in points],
-                      color=COLORS[k % len(COLORS)], marker="o", capsize=3, label=name)
+    for k, method in enumerate(dict.fromkeys(m for table in curve.values() for m in table)):
+        found = {n: table.get(method, {}).get(target) for n, table in curve.items()}
+        points = {sizes[n]: entry for n, entry in found.items() if entry}
+        value, spread = ([p[key] for p in points.values()] for key in ("r2", "sd"))
+        style = {"color": COLORS[k % len(COLORS)], "marker": "osD^vP*"[k % 7], "label": method}
+        axis.errorbar([*points], value, spread, capsize=3, **style)
     axis.set_xscale("log")
-    axis.set_xticks(sorted(set(labels.values())), sorted(set(labels.values())), minor=False)
     axis.set_xticks([], minor=True)
-    axis.set(xlabel="labelled subjects", ylabel="R² on test (mean ± spread of draws)", ylim=(-0.2, 1),
-             title=f"{target} from few labels{note}")
-    axis.legend(frameon=False)
-    save_figure(figure, path)
+    axis.set_xticks([*sizes.values()], [*sizes.values()])
+    axis.set(xlabel="labelled subjects, validation included", title=title, ylim=(-0.2, 1))
+    axis.set_ylabel(f"R² of {label(target)} on test\n(mean and spread of draws)")
+    axis.legend(frameon=False, ncols=2)
+    return figure
 
 
-def scatter(path, result, cohort, rows, note):
-    """Predicted against true values of every phenotype with the identity line."""
-    names = list(result["phenotypes"])
-    figure = Figure(figsize=(12, 3 * -(-len(names) // 4)), layout="constrained")
-    figure.suptitle(f"Predicted from the ECG alone{note}")
-    for axis, name in zip(figure.subplots(-(-len(names) // 4), 4, squeeze=False).flat, names, strict=False):
+def scatter(result, cohort, rows, title):
+    """Predicted against true values of every phenotype in test subjects, with the identity line."""
+    height = -(-len(result["probe"]) // 4)
+    figure = Figure(figsize=(9, 2.5 * height + 0.4), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(height, 4, squeeze=False).flat
+    for axis, name in zip(axes, result["probe"], strict=False):
         y, p = cohort["columns"][name][rows["test"]], result["predictions"][name][rows["test"]]
         axis.plot(y, p, ".", ms=3, color=COLORS[0])
-        ends = [np.nanmin(y), np.nanmax(y)]
-        axis.plot(ends, ends, color="black", lw=1)
-        axis.set(xlabel=f"true {name}", ylabel="predicted", title=f"R² {result['phenotypes'][name]['r2']:.2f}")
-    save_figure(figure, path)
+        axis.axline((np.nanmean(y), np.nanmean(y)), slope=1, color="black", lw=1)
+        axis.set(xlabel=f"true {label(name)}", ylabel="predicted")
+        axis.set_title(f"R² {cell(result['probe'][name], 'r2')}", fontsize=10)
+    for axis in axes:
+        axis.set_axis_off()
+    return figure
 
 
-def latent_figure(path, latents, phenotypes, note):
-    """What the latents know of structure and of function: R^2 as a table of coloured cells."""
-    names = sorted(phenotypes, key=is_functional)
-    values = np.array([[table.get(name, {"r2": np.nan})["r2"] for name in names] for table in latents.values()])
-    figure = Figure(figsize=(10, 1 + 0.6 * len(latents)), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
-        axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
-    axis.set_xticks(range(len(names)), names)
-    axis.set_yticks(range(len(latents)), latents)
-    axis.axvline(sum(not is_functional(name) for name in names) - 0.5, color="white", lw=3)
-    axis.set_title(f"R² from each latent: structural | functional phenotypes{note}")
-    save_figure(figure, path)
-
-
-def gallery(path, cohort, embeddings, rows, device, note):
-    """Four test ECGs over the range of the first phenotypes, their own hearts, and those they retrieve."""
-    phases = [phase for phase in ("ed", "es") if phase in embeddings]
-    shown = [name for name in ("LVEF_pct", "LVEDV_ml") if name in cohort["phenotypes"]] or cohort["phenotypes"][:2]
-    order = rows[np.argsort(cohort["columns"][shown[0]][rows])] if shown else rows
+def gallery(cohort, embeddings, rows, title):
+    """Four test ECGs, their own hearts and the hearts they retrieve, LVEF and LVEDV below."""
+    phases, columns = [name for name in ("ed", "es") if name in embeddings], cohort["columns"]
+    shown = [name for name in ("LVEF_pct", "LVEDV_ml") if name in cohort["phenotypes"]]
+    order = rows[np.argsort(columns[shown[0]][rows])] if shown else rows
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    figure.suptitle(f"{title}\n(middle slice at {' and '.join(phases).upper()})")
+    axes = figure.subplots(4, 5, width_ratios=(1.6, 1, 1, 1, 1))
     queries = order[np.linspace(0, len(order) - 1, 6).astype(int)[1:-1]]
-    figure = Figure(figsize=(13, 9), layout="constrained")
-    figure.suptitle(f"ECG, its own heart ({' | '.join(phases).upper()}), the hearts it retrieves{note}")
-    axes = figure.subplots(4, 6, width_ratios=(2, 1.3, 1.3, 1.3, 1.3, 1.3))
-    seconds = np.arange(1000) / data.SAMPLING_RATE_HZ
     for line, query in zip(axes, queries, strict=True):
-        score = sum(embeddings["ecg"][query] @ embeddings[phase][rows].T for phase in phases)
-        hits = rows[np.argsort(-score.numpy(), kind="stable")[:4]]
-        ecg = data.read_batch(cohort, [query], device, names=("ecg",))["ecg"][0].cpu()
-        for k, lead in enumerate((1, 7, 10)):
-            line[0].plot(seconds, ecg[lead, :1000] - 2.5 * k, "k", lw=0.6)
-            line[0].text(0, 0.5 - 2.5 * k, data.LEADS[lead])
-        line[0].set(xlabel="time (s)", yticks=[])
-        for axis, subject in zip(line[1:], [query, *hits], strict=True):
-            batch = data.read_batch(cohort, [subject], names=phases)
-            middle = batch[phases[0]].shape[2] // 2
-            axis.imshow(np.hstack([batch[phase][0, 0, middle] for phase in phases]), cmap="gray")
-            axis.set(xticks=[], yticks=[])
-            axis.set_xlabel("\n".join(f"{name} {cohort['columns'][name][subject]:.0f}" for name in shown))
-            axis.set_title("own heart" if axis is line[1] else "retrieved" + (" (own)" if subject == query else ""),
-                           fontsize=9)
-    save_figure(figure, path)
+        scores = sum(embeddings["ecg"][query] @ embeddings[phase][rows].T for phase in phases)
+        found = [query, *rows[np.argsort(-scores.numpy(), kind="stable")[:3]]]
+        batch = data.read_batch(cohort, found)
+        for k, lead in enumerate((0, 7, 10)):
+            line[0].plot(np.arange(750) / 250, batch["ecg"][0, lead, :750] - 2.5 * k, "k", lw=0.6)
+        line[0].set(xlabel="time (s), 2.5 mV between leads", yticks=[-5, -2.5, 0])
+        line[0].set_yticklabels(["V5", "V2", "I"])
+        for k, (axis, subject) in enumerate(zip(line[1:], found, strict=False)):
+            hearts = [batch[phase][k, 0, batch[phase].shape[2] // 2] for phase in phases]
+            axis.imshow(np.hstack(hearts), cmap="gray", interpolation="nearest")
+            values = [f"{label(name)} {columns[name][subject]:.0f}" for name in shown]
+            axis.set(xticks=[], yticks=[], xlabel="\n".join(values))
+            own = f"retrieved {k}" + " (own)" * int(subject == query) if k else "own heart"
+            axis.set_title(own, fontsize=9)
+    return figure
 
 
-def table_text(metrics, cohort, first):
-    """table.md: R^2 per phenotype and method, the relative change per group, outcomes, retrieval."""
-    methods = {name: run["probe"] for name, run in metrics["runs"].items()} | metrics["baselines"]
-    lines = [f"Cohort: {cohort['source']['kind']}. R² on test with 95 % bootstrap interval.", "",
-             "| phenotype | " + " | ".join(methods) + f" | r, MAE ({first}) |", "|---" * (len(methods) + 2) + "|"]
-    for functional in (False, True):
-        group = [name for name in cohort["phenotypes"] if is_functional(name) == functional]
-        for name in group:
-            cells = [f"{m[name]['r2']:.2f} [{m[name]['r2_ci'][0]:.2f}, {m[name]['r2_ci'][1]:.2f}]"
-                     if name in m and m[name]["r2_ci"] else "-" for m in methods.values()]
-            own = methods[first].get(name)
-            cells.append(f"{own['pearson']:.2f}, {own['mae']:.3g} {unit(name)}" if own else "-")
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        means = {method: np.mean([table[name]["r2"] for name in group]) for method, table in methods.items()
-                 if group and all(name in table for name in group)}
-        if means:
-            lines.append(f"| **{'functional' if functional else 'structural'} mean** | " + " | ".join(
-                f"**{means[m]:.3f}**" if m in means else "-" for m in methods) + " | |")
-            lines += [f"| {first} against {m} | {(means[first] / means[m] - 1):+.1%} |" + " |" * len(methods)
-                      for m in metrics["runs"] if m in means and m != first and first in means]
-    if cohort["outcomes"]:
-        outcome = {name: run["outcomes"] for name, run in metrics["runs"].items()} | metrics["baseline_outcomes"]
-        lines += ["", "AUROC with 95 % bootstrap interval, AUPRC (prevalence).", "",
-                  "| outcome | " + " | ".join(outcome) + " |", "|---" * (len(outcome) + 1) + "|"]
-        for name in cohort["outcomes"]:
-            cells = [f"{m[name]['auroc']:.2f} [{m[name]['auroc_ci'][0]:.2f}, {m[name]['auroc_ci'][1]:.2f}], "
-                     f"{m[name]['auprc']:.2f} ({m[name]['prevalence']:.2f})" if name in m else "-"
-                     for m in outcome.values()]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "| retrieval over the test split | recall@1 | @5 | @10 | median rank | chance @1 |", "|---" * 6 + "|"]
-    for name, run in metrics["runs"].items():
-        lines += [f"| {name} {direction} | {r['recall@1']:.3f} [{r['recall@1_ci'][0]:.3f}, {r['recall@1_ci'][1]:.3f}] | "
-                  f"{r['recall@5']:.3f} | {r['recall@10']:.3f} | {r['median_rank']:.0f} of {r['n']} | {1 / r['n']:.4f} |"
-                  for direction, r in run["retrieval"].items()]
+def cell(entry, key, form=".2f"):
+    """'0.71 [0.65, 0.76]', the interval where there is one, and - where there is nothing."""
+    ci = entry and (entry.get(f"{key}_ci") or entry.get("ci"))
+    interval = f" [{ci[0]:{form}}, {ci[1]:{form}}]" if ci else ""
+    return f"{entry[key]:{form}}{interval}" if entry else "-"
+
+
+def markdown(title, columns, names, key, form=".2f"):
+    """Lines of a table: columns {heading: {name: metrics}}, one row for each of names."""
+    rows = [[title, *columns], ["---"] * (1 + len(columns))]
+    rows += [[name, *(cell(c.get(name), key, form) for c in columns.values())] for name in names]
+    return ["", *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def table_text(metrics, cohort, rows, first):
+    """table.md: probes, differences, latents, outcomes, few labels and retrieval."""
+    runs, outcomes, grouped = metrics["runs"], cohort["outcomes"], groups(cohort["phenotypes"])
+    probes = {name: run["probe"] for name, run in runs.items()} | metrics["baselines"]
+    latents = {f"{first}.{key}": table for key, table in runs[first]["latents"].items()}
+    tables = {name: t | metrics["groups"][name] for name, t in (probes | latents).items()}
+    names = [name for group in grouped for name in [*grouped[group], group] if grouped[group]]
+    for title, key in (("r", "pearson"), ("MAE", "mae")):
+        values = {name: {"r2": m[key]} for name, m in probes[first].items()}
+        tables[f"{title} ({first})"] = values
+    splits = ", ".join(f"{len(r)} {name}" for name, r in rows.items())
+    kind = cohort["source"]["kind"].capitalize()
+    lines = [f"{kind} cohort ({splits} subjects). R² on test, against the training mean, with 95 %"]
+    lines += ["intervals; structural, functional: mean of the group; MAE in the phenotype's unit."]
+    lines += markdown("R²", {k: tables[k] for k in tables if k not in latents}, names, "r2")
+    for title, key, form, shown in (
+        ("minus", "paired", "+.2f", probes[first]),
+        ("relative to", "relative", "+.1%", grouped),
+    ):
+        others = {pair.removeprefix(f"{first}-"): t for pair, t in metrics[key].items()}
+        others.pop("mean")
+        score = "delta_r2" if key == "paired" else key
+        lines += markdown(f"R² of {first} {title}", others, shown, score, form)
+    lines += markdown("R² from latents", {k: tables[k] for k in (first, *latents)}, names, "r2")
+    if outcomes:
+        tables = {name: run["outcomes"] for name, run in runs.items()}
+        tables |= metrics["baseline_outcomes"]
+        lines += markdown("AUROC", tables, outcomes, "auroc")
+        tables["prevalence"] = {n: {"auprc": m["prevalence"]} for n, m in tables[first].items()}
+        lines += markdown("AUPRC", tables, outcomes, "auprc")
+    for n, tables in metrics["labels"].items():
+        lines += markdown(f"R², {n} labels", tables, cohort["phenotypes"], "r2")
+    for name, run in runs.items():
+        tables, found = {}, run["retrieval"].items()
+        for key in ("recall@1", "chance@1", "recall@5", "recall@10", "median_rank", "n"):
+            tables[key] = {d: {"v": r[key], "ci": r.get(f"{key}_ci")} for d, r in found}
+        lines += markdown(f"retrieval, {name}", tables, run["retrieval"], "v", ".3g")
     return "\n".join(lines) + "\n"
 
 
-def unit(name):
-    return name.rsplit("_", 1)[1].replace("pct", "%") if "_" in name else ""
-
-
-def save_figure(figure, path):
-    figure.savefig(path.with_suffix(".partial"), dpi=100, format="png")
-    path.with_suffix(".partial").replace(path)
-
-
 # ---------------------------------------------------------------- command
-
-def split_rows(cohort):
-    return {name: np.flatnonzero(cohort["split"] == name) for name in ("train", "val", "test")}
 
 
 def tell(text):
     print(f"... {text}", file=sys.stderr, flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def parse_arguments():
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run folders; the first is the reference of comparisons")
-    add("--data", metavar="PATH", help="cohort folder or manifest (default: what the first run was trained on)")
-    add("--labels", nargs="+", default=[], metavar="N", help="label-efficiency curve, e.g. 50 100 500 all")
-    add("--supervised", action="store_true", help="also train the ECG encoder from scratch on the labels")
-    add("--bootstrap", type=int, default=1000, metavar="N", help="resamples of the test split (default 1000)")
+    add("runs", nargs="+", metavar="RUN", help="run folders; the first is compared with the others")
+    add("--data", metavar="PATH", help="cohort folder or manifest (default: that of the first RUN)")
+    add("--labels", nargs="+", default=[], metavar="N", help="label curve, e.g. 50 100 500 all")
+    add("--supervised", action="store_true", help="also train an ECG encoder on labels alone")
+    add("--bootstrap", type=int, default=1000, metavar="N", help="resamples of test (default 1000)")
     add("--seed", type=int, default=0, help="default 0")
-    add("--predict", metavar="CSV", help="phenotypes of new ECGs (columns id, ecg): writes predictions.csv")
+    add("--predict", metavar="CSV", help="phenotypes of new ECGs (columns id, ecg), nothing else")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.bootstrap < 1 or args.seed < 0:
         raise data.InputError("--bootstrap, --seed", "must be at least 1 and 0")
+    return args
+
+
+def make_baselines(cohort, rows, ecg, first, supervised, device, seed):
+    """What a run has to beat: {name: features (N, D)}; ecg: features of the first run."""
+    baselines = {"mean": np.zeros((len(cohort["ids"]), 1))}
+    if cohort["covariates"]:
+        x = np.stack([cohort["columns"][name] for name in cohort["covariates"]], 1)
+        average = np.ma.masked_invalid(x[rows["train"]]).mean(0).filled(0)
+        x = baselines["covariates"] = np.where(np.isnan(x), average, x)
+        baselines[f"covariates+{first}"] = np.hstack([x, ecg])
+    torch.manual_seed(seed)
+    baselines["random_encoder"] = extract(models.DualPhase(()), cohort, device)[0]["ecg"]
+    if supervised:
+        tell("supervised on all labels")
+        best = train_supervised(cohort, rows["train"], rows["val"], device, seed)
+        baselines["supervised"] = best["outputs"]
+    return baselines
+
+
+def main():
+    args = parse_arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = {run["name"]: run for run in map(load_run, args.runs)}
-    if len(runs) < len(args.runs):
-        raise data.InputError("RUN", "two run folders have the same name; rename one")
-    first = next(iter(runs))
-    cohort = data.find_cohort(args.data or runs[first]["args"]["data"])
-    rows = split_rows(cohort)
+    if len(runs) < len(args.runs) or {*runs} & {
+        "mean",
+        "covariates",
+        "random_encoder",
+        "supervised",
+    }:
+        raise data.InputError("RUN", "two folders, or one and a baseline, share a name; rename one")
+    cohort, first = find_cohort(args.data, list(runs.values())), next(iter(runs))
+    rows = {name: np.flatnonzero(cohort["split"] == name) for name in ("train", "val", "test")}
     if args.predict:
-        predict(runs[first], cohort, args.predict, device)
+        predict(runs[first], cohort, rows, args.predict, device)
         return 0
     for count in args.labels:
         if count != "all" and not (count.isdigit() and 20 <= int(count) <= len(rows["train"])):
-            raise data.InputError("--labels", f"{count} is neither 'all' nor a number from 20 to the "
-                                              f"{len(rows['train'])} training subjects")
-    for name, least, lost in (("train", 3, "probes"), ("val", 2, "the choice of alpha (fixed at 100)"),
-                              ("test", 3, "R², AUROC and their intervals")):
-        if len(rows[name]) < least:
-            tell(f"{cohort['folder']} has {len(rows[name])} {name} subjects, too few for {lost}: left out")
+            text = f"{count} is neither all nor a number from 20 to the {len(rows['train'])}"
+            raise data.InputError("--labels", f"{text} training subjects")
+    targets = cohort["phenotypes"] + cohort["outcomes"]
+    if args.supervised and not (targets and len(rows["train"]) >= 8 and len(rows["val"])):
+        tell("supervised needs targets, 8 training and some validation subjects: left out")
+        args.supervised = False
 
-    test = partial(probe, cohort=cohort, rows=rows, bootstrap=args.bootstrap, seed=args.seed)
-    results, encoders, arrays, metrics = {}, {}, {}, {"runs": {}, "baselines": {}, "baseline_outcomes": {}}
+    metrics = defaultdict(dict)
+    results, encoders, arrays, embeddings = {}, {}, {}, {}
+    counts = resamples(len(rows["test"]), args.bootstrap, args.seed)
+
+    def test(x, outcomes=True):
+        return probe(standardise(x, rows["train"]), cohort, rows, counts, outcomes)
+
     for name, run in runs.items():
         tell(f"features of {name}")
-        extracted = extract(run["model"], cohort, device)
-        features, encoders[name] = extracted["features"], extracted["features"]["ecg"]
-        results[name] = test(encoders[name])
-        latents = {key: features[key] for key in ("ed", "es") if key in features}
-        if len(latents) == 2:
-            latents["ed+es"] = np.hstack([features["ed"], features["es"]])
-        metrics["runs"][name] = {
-            "probe": results[name]["phenotypes"], "outcomes": results[name]["outcomes"],
-            "retrieval": retrieval(extracted["embeddings"], rows["test"], args.bootstrap, args.seed),
-            "latents": {key: test(x, outcomes=False)["phenotypes"] for key, x in latents.items()}}
+        features, embeddings[name] = extract(run["model"], cohort, device)
         arrays |= {key if name == first else f"{name}.{key}": x for key, x in features.items()}
-        if name == first:
-            embeddings = extracted["embeddings"]
+        encoders[name] = features.pop("ecg")
+        results[name] = test(encoders[name])
+        if len(features) == 2:
+            features["ed+es"] = np.hstack([*features.values()])
+        latents = {key: test(x, outcomes=False) for key, x in features.items()}
+        metrics["groups"] |= {f"{name}.{key}": found["groups"] for key, found in latents.items()}
+        metrics["runs"][name] = {key: results[name][key] for key in ("probe", "outcomes")}
+        metrics["runs"][name]["retrieval"] = retrieval(embeddings[name], rows["test"])
+        latents = {key: found["probe"] for key, found in latents.items()}
+        metrics["runs"][name]["latents"] = latents
+    for target in set(targets) - set(results[first]["samples"]):
+        tell(f"{target}: left out, as train or test knows too few labels or only one value")
 
-    torch.manual_seed(args.seed)
-    baselines = {"mean": np.zeros((len(cohort["ids"]), 1))}
-    covariates = np.stack([cohort["columns"][name] for name in cohort["covariates"]], 1) if cohort["covariates"] else None
-    if covariates is not None:
-        covariates = np.where(np.isnan(covariates), np.nanmean(covariates[rows["train"]], 0), covariates)
-        baselines["covariates"] = covariates
-        baselines[f"covariates+{first}"] = np.hstack([covariates, encoders[first]])
-    encoders["random_encoder"] = extract(models.DualPhase(()), cohort, device)["features"]["ecg"]
-    baselines["random_encoder"] = encoders["random_encoder"]
-    if args.supervised:
-        tell("supervised on all labels")
-        best = train_supervised(cohort, rows["train"], rows["val"], device, args.seed)
-        encoders["supervised"] = extract(best["model"], cohort, device)["features"]["ecg"]
-        baselines["supervised"] = encoders["supervised"]
+    wanted = args.supervised, device, args.seed
+    baselines = make_baselines(cohort, rows, encoders[first], first, *wanted)
     for name, x in baselines.items():
-        results[name] = test(x)
-        metrics["baselines"][name] = results[name]["phenotypes"]
+        results[name], arrays[name] = test(x), x
+        metrics["baselines"][name] = results[name]["probe"]
         metrics["baseline_outcomes"][name] = results[name]["outcomes"]
-        arrays[f"{name}.ecg"] = x
-    metrics["paired"] = {f"{first}-{name}": paired(results[first], other) for name, other in results.items()
-                         if name != first}
-    metrics["labels"] = label_curve(encoders, cohort, rows, args.labels, args.supervised, device, args.seed)
+    for name, result in results.items():
+        metrics["groups"][name] = result["groups"]
+        if name != first:
+            for key, table in compare(results[first], result).items():
+                metrics[key][f"{first}-{name}"] = table
+    encoders |= {k: x for k, x in baselines.items() if k in ("random_encoder", "supervised")}
+    metrics["labels"] = label_curve(encoders, cohort, rows, args.labels, device, args.seed)
 
-    out = runs[first]["folder"] / "eval"
+    out, note = runs[first]["folder"] / "eval", f" ({cohort['source']['kind']} cohort)"
     out.mkdir(exist_ok=True)
-    text = table_text(metrics, cohort, first)
-    (out / "metrics.json.partial").write_text(json.dumps(metrics, indent=1))
-    (out / "metrics.json.partial").replace(out / "metrics.json")
-    (out / "table.md").write_text(text)
-    with open(out / "features.partial", "wb") as file:
-        np.savez(file, id=np.array(cohort["ids"]), split=cohort["split"], **arrays)
-    (out / "features.partial").replace(out / "features.npz")
-    note = f" ({cohort['source']['kind']} cohort)"
-    if results[first]["phenotypes"]:
-        shown = {name: results[name]["phenotypes"] for name in results if name != "mean"}
-        bars(out / "probe.png", shown, cohort["phenotypes"], note)
-        scatter(out / "scatter.png", results[first], cohort, rows, note)
-        latents = metrics["runs"][first]["latents"] | {"ecg": results[first]["phenotypes"]}
-        latent_figure(out / "latents.png", latents, cohort["phenotypes"], note)
-    if len(rows["test"]) >= 6:
-        gallery(out / "gallery.png", cohort, embeddings, rows["test"], device, note)
-    if metrics["labels"]:
-        labels = {n: len(rows["train"]) + len(rows["val"]) if n == "all" else int(n) for n in metrics["labels"]}
-        target = "LVEF_pct" if "LVEF_pct" in cohort["phenotypes"] else cohort["phenotypes"][0]
-        label_figure(out / "labels.png", metrics["labels"], labels, target, note)
-    print(text)
-    print(f"wrote {out}")
+    text = table_text(metrics, cohort, rows, first)
+    write(out / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
+    write(out / "table.md", lambda file: file.write(text.encode()))
+    arrays |= {"id": np.array(cohort["ids"]), "split": cohort["split"]}
+    write(out / "features.npz", lambda file: np.savez(file, **arrays))
+    figures = dict.fromkeys(("probe", "latents", "scatter", "labels", "gallery"))
+    if own := results[first]["probe"]:
+        shown = {name: results[name]["probe"] for name in results if name != "mean"}
+        figures["probe"] = bars(shown, f"What a linear probe reads from the ECG{note}")
+        shown = {k.upper(): t for k, t in metrics["runs"][first]["latents"].items()}
+        figures["latents"] = bars({"ECG": own} | shown, f"What the latents of {first} know{note}")
+        figures["scatter"] = scatter(results[first], cohort, rows, f"{first} on test{note}")
+    if own and args.labels:
+        everyone = len(rows["train"]) + len(rows["val"])
+        sizes = {n: everyone if n == "all" else int(n) for n in args.labels}
+        target = min(own, key=lambda name: "LVEF" not in name)
+        title = f"How many labels it takes{note}"
+        figures["labels"] = label_figure(metrics["labels"], sizes, target, title)
+    if len(rows["test"]) > 1:
+        figures["gallery"] = gallery(cohort, embeddings[first], rows["test"], f"Retrieval{note}")
+    for name, figure in figures.items():
+        if figure:
+            write(out / f"{name}.png", partial(figure.savefig, dpi=100, format="png"))
+        else:  # no figure of an earlier evaluation may stay
+            (out / f"{name}.png").unlink(missing_ok=True)
+    print(f"{text}\nwrote {out}")
     return 0
 
 

@@ -48,10 +48,10 @@ def dual_phase_loss(embeddings, weights=(1, 1, 1), temperature=0.07):
 
 @torch.no_grad()
 def retrieval_ranks(queries, gallery):
-    """Rank (N,) of each query's own partner in the whole gallery, 1 = first, by dot product.
+    """Rank (N,) of each query's own partner in the whole gallery; 1 = first by dot product.
 
-    Row k of queries (N, D) belongs to row k of gallery (N, D). Ties count against the query, so that
-    a collapsed model does not look perfect. Works through 1,024 queries at a time.
+    Row k of queries (N, D) belongs to row k of gallery (N, D). Ties count against the query, so
+    that a collapsed model does not look perfect. Works through 1,024 queries at a time.
     """
     ranks = []
     for start in range(0, len(queries), 1024):

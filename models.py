@@ -1,7 +1,7 @@
 """Models: one residual network in 1D or 3D; DualPhase, which turns a batch into embeddings.
 
-    features = model(batch)              # {"ecg": (B, D), "ed": (B, D), "es": (B, D)}: what is probed
-    embeddings = model.embed(features)   # the same names, (B, 128) unit vectors: what is compared
+    features = model(batch)             # {"ecg", "ed", "es": (B, 128)}: what is probed
+    embeddings = model.embed(features)  # the same names, (B, 128) unit vectors: what is compared
 
 Encoders never see the batch as a whole (GroupNorm only), so a subject's features do not depend on
 its neighbours: micro-batches and several processes then give exactly the features of one big batch.
@@ -56,12 +56,12 @@ class ResNet(nn.Module):
 
 def ecg_encoder():
     """(B, 12, 2500) mV -> (B, 128)."""
-    return ResNet(1, 12, 10, (48, 64, 96, FEATURES), 5)
+    return ResNet(1, 12, 10, (48, 48, 64, FEATURES), 5)
 
 
 def cmr_encoder():
     """(B, 1, Z, Y, X) -> (B, 128)."""
-    net = ResNet(3, 1, (2, 4, 4), (24, 32, 64, FEATURES), 3)
+    net = ResNet(3, 1, (2, 4, 4), (16, 32, 64, FEATURES), 3)
     return net.to(memory_format=torch.channels_last_3d)  # a quarter faster on CPUs with AVX-512
 
 

@@ -4,7 +4,7 @@
     python train.py --data manifest.csv --epochs 100   # your files, prepared once, then reused
     python train.py --data cohort/ --epochs 100 --phases ed
     torchrun --nproc_per_node 8 train.py --data cohort/ --epochs 100 --batch-size 1024
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:1234 train.py …
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:1234 train.py
 
 Every random draw is a function of (seed, epoch, subject), so neither micro-batches, nor the number
 of processes, nor an interruption changes the result by more than rounding.
@@ -59,6 +59,10 @@ def main():
     part = args.batch_size // world["size"]  # of each global batch, for this process
     own = slice(world["rank"] * part, (world["rank"] + 1) * part)
     stop = stop_on_signal()
+
+    def load(subjects):  # on a thread, ahead of the step
+        return data.read_batch(cohort, subjects, device, partner[subjects])
+
     if chief:
         print(
             f"{cohort['folder']}: {len(rows['train'])} training, {len(rows['val'])} validation "
@@ -69,13 +73,10 @@ def main():
     for epoch in range(done["epoch"], args.epochs):
         epoch_started = time.time()
         batches = data.epoch_batches(rows["train"], args.batch_size, args.seed, epoch)
-
-        def load(subjects, epoch=epoch):  # on a thread, ahead of the step
-            batch = data.read_batch(cohort, subjects[own], device, partner[subjects[own]])
-            return data.augment(batch, subjects[own], args.seed, epoch)
-
+        batches = [subjects[own] for subjects in batches[done["step"] :]]
         model.train()
-        for batch in data.read_ahead(load, batches[done["step"] :]):
+        for subjects, batch in zip(batches, data.read_ahead(load, batches), strict=True):
+            batch = data.augment(batch, subjects, args.seed, epoch)
             rate = learning_rate(args, epoch + done["step"] / steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -161,12 +162,16 @@ def parse_arguments():
         (0 < args.temperature < math.inf, "temperature", "must be positive, 0.07 for instance"),
         (min(args.weights) >= 0, "weights", "must not be negative"),
         (0 < sum(used) < math.inf, "weights", "must be positive for a pair of --phases"),
-        (args.seed >= 0, "seed", "must be 0 or more"),
+        (0 <= args.seed < 2**63, "seed", "must be from 0 to 2^63 - 1"),
         (args.limit is None or args.limit >= 2, "limit", "must be at least 2"),
         (available.get(args.device, True), "device", f"{args.device} is not available here"),
     ):
         if not fine:
             raise data.InputError(f"--{name}", rule)
+    if any(
+        path.exists() and not path.is_dir() for path in (Path(args.out), *Path(args.out).parents)
+    ):
+        raise data.InputError(args.out, "passes through a file; name a folder")
     if (Path(args.out) / "last.pt").exists() and not (args.resume or args.overwrite):
         raise data.InputError(args.out, "holds a run; add --resume or --overwrite, or give --out")
     return args
@@ -318,9 +323,9 @@ def resume(args, cohort, model, optimizer):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         differing = [
-            f"--{name.replace('_', '-')} was {value} and is {getattr(args, name)}"
-            for name, value in saved["args"].items()
-            if name not in free and value != getattr(args, name)
+            f"--{name.replace('_', '-')} was {saved['args'].get(name)} and is {value}"
+            for name, value in vars(args).items()
+            if name not in free and value != saved["args"].get(name)
         ]
         if saved["cohort"] != cohort["fingerprint"]:
             differing.append(

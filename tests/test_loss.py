@@ -231,7 +231,7 @@ def test_plain_accumulation_would_be_caught(reference):
 # Case: dtype, micro-batch, fault. Parts of 12 or 8 rows a process: 4 divides them, 5 does not.
 CASES = [(dtype, micro, "") for dtype in TOLERANCE for micro in (0, 4, 5)]
 FAULTS = ("gather without gradient", "gather without the factor", "no gather")
-CASES += [(torch.float64, micro, fault) for micro in (0, 4) for fault in FAULTS]
+FAULTY = [(torch.float64, micro, fault) for micro in (0, 4) for fault in FAULTS]
 
 
 def one_of_several(rank, world, folder):
@@ -240,7 +240,7 @@ def one_of_several(rank, world, folder):
     address = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     results, gather, gather_backward = {}, loss.gather, loss.Gather.backward
-    for dtype, micro_batch, fault in CASES:
+    for dtype, micro_batch, fault in CASES if world == 3 else CASES + FAULTY:
         if fault == "gather without gradient":
             loss.Gather.backward = staticmethod(
                 lambda ctx, g: torch.zeros_like(g.chunk(world)[rank])
@@ -255,7 +255,7 @@ def one_of_several(rank, world, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=(2, 3))
+@pytest.fixture(scope="module", params=(3, 2))
 def processes(request, tmp_path_factory):
     """The results of every case, of the first and the last process."""
     folder = tmp_path_factory.mktemp("processes")
@@ -271,6 +271,7 @@ def test_processes_give_the_gradients_of_the_whole_batch(processes, reference, d
         assert_exact(results[dtype, micro_batch, ""], reference[dtype], dtype)
 
 
+@pytest.mark.parametrize("processes", [2], indirect=True)
 @pytest.mark.parametrize("micro_batch", [0, 4])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_gather_would_be_caught(processes, reference, fault, micro_batch):

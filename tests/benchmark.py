@@ -1,0 +1,150 @@
+"""Speed and memory of training and of prepare, as a Markdown table: python tests/benchmark.py
+
+Every case is train.py itself in child processes of its own, on a cohort of the default size made of
+256 prepared subjects, repeated. Run it on an idle machine; it takes some minutes.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import loss
+import models
+import train
+
+SUBJECTS, TRAIN, VALIDATION, EPOCHS = 256, 2100, 450, 3  # the first epoch only warms up
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+# What it is, batch, more arguments, processes, threads a process.
+CASES = [
+    ("default", 64, [], 1, CORES),
+    ("amp", 64, ["--amp"], 1, CORES),
+    ("batch 1,024", 1024, [], 1, CORES),
+    ("batch 1,024, micro-batch 64", 1024, ["--micro-batch", "64"], 1, CORES),
+    ("batch 1,024, micro-batch 64, amp", 1024, ["--micro-batch", "64", "--amp"], 1, CORES),
+    ("2 processes", 64, [], 2, max(1, CORES // 2)),
+    ("2 processes, batch 1,024, micro-batch 64", 1024, ["--micro-batch", "64"], 2, max(1, CORES // 2)),
+]  # fmt: skip
+
+
+def matrix_multiply_rate(dtype, size=2048, repeats=15):
+    """Floating point operations a second of torch.mm, the median of several."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    seconds = []
+    for _ in range(repeats + 3):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds[3:])
+
+
+def flops_of_a_pair(size=64):
+    """Of one plain training step, forward and backward; encoding twice is no extra credit."""
+    model = models.DualPhase()
+    batch = {"ecg": torch.randn(size, 12, 2500)}
+    batch |= {phase: torch.rand(size, 1, *data.GRID) for phase in ("ed", "es")}
+    with FlopCounterMode(display=False) as counter:
+        loss.backward(model, model, batch, 0, (1, 1, 1), 0.07)
+    return counter.get_total_flops() / size
+
+
+def make_cohorts(folder):
+    """Prepare raw files, timed, then repeat the subjects. Returns prepare's subjects a second."""
+    data.write_demo(folder / "demo", SUBJECTS)
+    started = time.perf_counter()
+    data.prepare(folder / "demo" / "manifest.csv", folder / "small")
+    rate = SUBJECTS / (time.perf_counter() - started)
+    arrays = {name: np.load(folder / "small" / f"{name}.npy") for name in ("ecg", "ed", "es")}
+
+    def repeated():
+        for k in range(TRAIN + VALIDATION):
+            row = {"id": str(k), "split": "train" if k < TRAIN else "val"}
+            one = {name: array[k % len(array)] for name, array in arrays.items()}
+            yield one | {"warnings": [], "row": row}
+
+    data.write_cohort(
+        folder / "cohort", repeated(), [], data.GRID, data.SPACING_MM, {"kind": "test"}
+    )
+    return rate
+
+
+def measured(results):
+    """Run train.py here as argv says, with a clock around each wait for a batch; write the result."""
+    epochs, read_ahead = [], data.read_ahead
+
+    def timed(load, tasks):
+        started, waited, batches = time.perf_counter(), 0.0, read_ahead(load, tasks)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            waited += time.perf_counter() - asked
+            if batch is None:
+                break
+            yield batch
+        epochs.append({"seconds": time.perf_counter() - started, "waited": waited})
+
+    data.read_ahead = timed
+    code = train.main()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_mb = peak / (2**20 if platform.system() == "Darwin" else 2**10)
+    result = {name: statistics.median(e[name] for e in epochs[1:]) for name in epochs[0]}
+    Path(f"{results}.{os.environ.get('RANK', 0)}").write_text(json.dumps(result | {"mb": peak_mb}))
+    return code
+
+
+def run(folder, batch, more, processes, threads):
+    """One case in child processes: what `measured` wrote, of each process."""
+    results = folder / "result"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launch if processes > 1 else []), __file__, str(results)]
+    command += ["--data", folder / "cohort", "--out", folder / "run", "--overwrite", *more]
+    command += ["--epochs", str(EPOCHS), "--batch-size", str(batch)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return [json.loads(Path(f"{results}.{rank}").read_text()) for rank in range(processes)]
+
+
+def main():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepared = make_cohorts(folder)
+        torch.set_num_threads(CORES)
+        flops = flops_of_a_pair()
+        rates = {kind: matrix_multiply_rate(kind) for kind in (torch.float32, torch.bfloat16)}
+        print(f"\n{platform.processor() or platform.machine()}, {CORES} cores, torch {torch.__version__}; "
+              f"matrix multiply {rates[torch.float32] / 1e9:.0f} GFLOP/s in float32, "
+              f"{rates[torch.bfloat16] / 1e9:.0f} in bfloat16; {flops / 1e6:.0f} MFLOP a pair; "
+              f"prepare: {prepared:.0f} subjects/s\n")  # fmt: skip
+        print("| case | processes × threads | pairs/s | share of matrix-multiply rate | "
+              "waiting for data | peak memory a process |\n|---|---|---|---|---|---|")  # fmt: skip
+        for title, batch, more, processes, threads in CASES:
+            ranks = run(folder, batch, more, processes, threads)
+            seconds = max(rank["seconds"] for rank in ranks)
+            pairs = TRAIN // batch * batch / seconds
+            share = pairs * flops / rates[torch.bfloat16 if "--amp" in more else torch.float32]
+            waiting = max(rank["waited"] for rank in ranks) / seconds
+            peak = max(rank["mb"] for rank in ranks)
+            print(f"| {title} | {processes} × {threads} | {pairs:.0f} | {share:.0%} | "
+                  f"{waiting:.1%} | {peak:,.0f} MB |", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__" and len(sys.argv) > 1:
+    results = sys.argv.pop(1)
+    data.exit_cleanly(lambda: measured(results))
+elif __name__ == "__main__":
+    main()
