@@ -518,8 +518,8 @@ def gallery(cohort, embeddings, rows, title):
     phases, columns = [name for name in ("ed", "es") if name in embeddings], cohort["columns"]
     shown = [name for name in ("LVEF_pct", "LVEDV_ml") if name in cohort["phenotypes"]]
     order = rows[np.argsort(columns[shown[0]][rows])] if shown else rows
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    figure.suptitle(f"{title}\n(middle slice at {' and '.join(phases).upper()})")
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure.suptitle(f"{title}\n(middle slice at {' | '.join(phases).upper()})")
     axes = figure.subplots(4, 5, width_ratios=(1.6, 1, 1, 1, 1))
     queries = order[np.linspace(0, len(order) - 1, 6).astype(int)[1:-1]]
     for line, query in zip(axes, queries, strict=True):
@@ -532,7 +532,8 @@ def gallery(cohort, embeddings, rows, title):
         line[0].set_yticklabels(["V5", "V2", "I"])
         for k, (axis, subject) in enumerate(zip(line[1:], found, strict=False)):
             hearts = [batch[phase][k, 0, batch[phase].shape[2] // 2] for phase in phases]
-            axis.imshow(np.hstack(hearts), cmap="gray", interpolation="nearest")
+            greys = np.round(np.hstack(hearts) * 16)  # few grey levels: noise does not compress
+            axis.imshow(greys, cmap="gray", interpolation="nearest")
             values = [f"{label(name)} {columns[name][subject]:.0f}" for name in shown]
             axis.set(xticks=[], yticks=[], xlabel="\n".join(values))
             own = f"retrieved {k}" + " (own)" * int(subject == query) if k else "own heart"

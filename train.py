@@ -61,7 +61,7 @@ def main():
     stop = stop_on_signal()
 
     def load(subjects):  # on a thread, ahead of the step
-        return data.read_batch(cohort, subjects, device, partner[subjects])
+        return data.read_arrays(cohort, subjects, device, partner[subjects])
 
     if chief:
         print(
@@ -75,8 +75,8 @@ def main():
         batches = data.epoch_batches(rows["train"], args.batch_size, args.seed, epoch)
         batches = [subjects[own] for subjects in batches[done["step"] :]]
         model.train()
-        for subjects, batch in zip(batches, data.read_ahead(load, batches), strict=True):
-            batch = data.augment(batch, subjects, args.seed, epoch)
+        for subjects, stored in zip(batches, data.read_ahead(load, batches), strict=True):
+            batch = data.augment(data.to_units(stored), subjects, args.seed, epoch)
             rate = learning_rate(args, epoch + done["step"] / steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate

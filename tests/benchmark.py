@@ -33,10 +33,10 @@ CASES = [
     ("default", 64, [], 1, CORES),
     ("amp", 64, ["--amp"], 1, CORES),
     ("batch 1,024", 1024, [], 1, CORES),
-    ("batch 1,024, micro-batch 64", 1024, ["--micro-batch", "64"], 1, CORES),
-    ("batch 1,024, micro-batch 64, amp", 1024, ["--micro-batch", "64", "--amp"], 1, CORES),
+    ("batch 1,024, micro 64", 1024, ["--micro-batch", "64"], 1, CORES),
+    ("batch 1,024, micro 64, amp", 1024, ["--micro-batch", "64", "--amp"], 1, CORES),
     ("2 processes", 64, [], 2, max(1, CORES // 2)),
-    ("2 processes, batch 1,024, micro-batch 64", 1024, ["--micro-batch", "64"], 2, max(1, CORES // 2)),
+    ("2 processes, batch 1,024, micro 64", 1024, ["--micro-batch", "64"], 2, max(1, CORES // 2)),
 ]  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def make_cohorts(folder):
 
 
 def measured(results):
-    """Run train.py here as argv says, with a clock around each wait for a batch; write the result."""
+    """Run train.py as argv says, a clock around each wait for a batch; write down the result."""
     epochs, read_ahead = [], data.read_ahead
 
     def timed(load, tasks):
@@ -126,7 +126,7 @@ def main():
         torch.set_num_threads(CORES)
         flops = flops_of_a_pair()
         rates = {kind: matrix_multiply_rate(kind) for kind in (torch.float32, torch.bfloat16)}
-        print(f"\n{platform.processor() or platform.machine()}, {CORES} cores, torch {torch.__version__}; "
+        print(f"\n{platform.machine()}, {CORES} cores, torch {torch.__version__}; "
               f"matrix multiply {rates[torch.float32] / 1e9:.0f} GFLOP/s in float32, "
               f"{rates[torch.bfloat16] / 1e9:.0f} in bfloat16; {flops / 1e6:.0f} MFLOP a pair; "
               f"prepare: {prepared:.0f} subjects/s\n")  # fmt: skip

@@ -3,6 +3,7 @@
 import csv
 import json
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -419,6 +420,8 @@ def test_small_cohorts_do_not_crash(cohort_folder, tmp_path, monkeypatch, capsys
     run = make_run(tmp_path / "es", cohort, ("es",))
     supervised = ["--supervised"] if case in ("missing values", "all train") else []
     monkeypatch.setattr("sys.argv", ["evaluate.py", str(run), "--bootstrap", "20", *supervised])
+    quick = partial(evaluate.train_supervised, rates=(1e-3,))
+    monkeypatch.setattr(evaluate, "train_supervised", quick)
     assert evaluate.main() == 0
     metrics = json.loads((run / "eval" / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert (run / "eval" / "features.npz").exists() and (run / "eval" / "table.md").exists()
