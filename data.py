@@ -988,6 +988,7 @@ def simulate_ecg(heart, rng):
     back = 0.25 + 0.008 * weak + 1.0 * heart["tilt"] + 0.12 * normal()
     t_axis = np.deg2rad(40 + 14 * strain + 12 * normal())
     t_wave = torso * (1, 1.15)[heart["sex"]] * np.exp(-0.22 * strain + 0.25 * normal())
+    initial = -0.34 + 0.008 * weak + 0.10 * normal()  # septal force towards the front
     right = 0.5 * np.log(heart["RVEDV_ml"] / 150) + 0.012 * (56 - heart["RVEF_pct"])
     right = right + 0.16 * normal()
     rr_s = 60 / heart["heart_rate_bpm"]
@@ -995,7 +996,7 @@ def simulate_ecg(heart, rng):
     qt_s = (412 - 14 * heart["sex"] + 0.9 * weak + 15 * normal()) / 1000 * np.sqrt(rr_s)  # Bazett
     waves = [  # centre (s after R), width (s), vector (left, foot, back) in mV
         (-pr_s + 0.02, 0.022, 0.11 * torso * np.exp(0.2 * normal()) * np.array([0.6, 0.8, -0.1])),
-        (-0.024 * width, 0.008 * width, qrs * np.array([-0.14, 0.04, -0.34 + 0.008 * weak])),
+        (-0.024 * width, 0.008 * width, qrs * np.array([-0.14, 0.04, initial])),
         (0, 0.011 * width, 1.55 * qrs * np.array([np.cos(axis), np.sin(axis), back])),
         (0.026 * width, 0.010 * width, qrs * np.array([-0.20 - 0.5 * right, 0.02, 0.55])),
         (qt_s - 0.150, 0.048, 0.20 * t_wave * np.array([np.cos(t_axis), np.sin(t_axis), -0.55])),
