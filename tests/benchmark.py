@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -82,21 +83,28 @@ def make_cohorts(folder):
 
 
 def measured(results):
-    """Run train.py as argv says, a clock around each wait for a batch; write down the result."""
-    epochs, read_ahead = [], data.read_ahead
+    """Run train.py as argv says, with clocks around the data; write down the result."""
+    epochs, spent, read_ahead = [], {}, data.read_ahead
+
+    def clocked(name, function):
+        def call(*arguments):
+            started = time.perf_counter()
+            result = function(*arguments)
+            if threading.current_thread() is threading.main_thread():  # else it costs no step
+                spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
+            return result
+
+        return call
 
     def timed(load, tasks):
-        started, waited, batches = time.perf_counter(), 0.0, read_ahead(load, tasks)
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            waited += time.perf_counter() - asked
-            if batch is None:
-                break
+        spent.clear()
+        started, batches = time.perf_counter(), read_ahead(load, tasks)
+        wait = clocked("waited", lambda: next(batches, None))
+        while (batch := wait()) is not None:
             yield batch
-        epochs.append({"seconds": time.perf_counter() - started, "waited": waited})
+        epochs.append({"seconds": time.perf_counter() - started, "augmented": 0.0} | spent)
 
-    data.read_ahead = timed
+    data.read_ahead, data.augment = timed, clocked("augmented", data.augment)
     code = train.main()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak_mb = peak / (2**20 if platform.system() == "Darwin" else 2**10)
@@ -131,16 +139,18 @@ def main():
               f"{rates[torch.bfloat16] / 1e9:.0f} in bfloat16; {flops / 1e6:.0f} MFLOP a pair; "
               f"prepare: {prepared:.0f} subjects/s\n")  # fmt: skip
         print("| case | processes × threads | pairs/s | share of matrix-multiply rate | "
-              "waiting for data | peak memory a process |\n|---|---|---|---|---|---|")  # fmt: skip
+              "waiting for data | augmenting | peak memory a process |\n|---|---|---|---|---|---|---|")  # fmt: skip
         for title, batch, more, processes, threads in CASES:
             ranks = run(folder, batch, more, processes, threads)
             seconds = max(rank["seconds"] for rank in ranks)
             pairs = TRAIN // batch * batch / seconds
             share = pairs * flops / rates[torch.bfloat16 if "--amp" in more else torch.float32]
-            waiting = max(rank["waited"] for rank in ranks) / seconds
+            waiting, augmenting = (
+                max(rank[name] for rank in ranks) / seconds for name in ("waited", "augmented")
+            )
             peak = max(rank["mb"] for rank in ranks)
             print(f"| {title} | {processes} × {threads} | {pairs:.0f} | {share:.0%} | "
-                  f"{waiting:.1%} | {peak:,.0f} MB |", flush=True)  # fmt: skip
+                  f"{waiting:.1%} | {augmenting:.1%} | {peak:,.0f} MB |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__" and len(sys.argv) > 1:

@@ -19,6 +19,7 @@ import data  # noqa: E402  (needs the path above)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; run with -m slow before a release")
+    config.option.markexpr = config.option.markexpr or "not slow"
 
 
 @pytest.fixture(scope="session")

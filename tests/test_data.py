@@ -447,8 +447,8 @@ def test_both_phases_move_alike_and_are_never_mirrored(monkeypatch):
     monkeypatch.setattr(data, "noise_table", lambda seed, device: torch.zeros(2**20))
     ed = torch.zeros(64, 1, 4, 32, 32)
     ed[..., 12:20, 4:9] = 1  # the right ventricle, on the left of the image
-    batch = {"ecg": torch.zeros(64, 12, 2500), "ed": ed, "es": ed.clone()}
     for epoch in range(4):
+        batch = {"ecg": torch.zeros(64, 12, 2500), "ed": ed.clone(), "es": ed.clone()}
         out = data.augment(batch, np.arange(64), 0, epoch)
         assert torch.equal(out["ed"], out["es"])
         bright = (out["ed"] > 0.5).float()
@@ -456,7 +456,8 @@ def test_both_phases_move_alike_and_are_never_mirrored(monkeypatch):
         assert column.max() < 13  # the image's middle is 15.5
         area = bright.sum((1, 2, 3, 4)) / 4
         assert (area - 40).abs().max() < 12  # no scaling
-    assert torch.equal(batch["ed"], ed)
+        moved = (out["ed"] > 0.5).ne(ed > 0.5).flatten(1).any(1).float().mean()
+        assert 0.2 < moved < 0.6  # four subjects of ten
 
 
 def resident_mb():

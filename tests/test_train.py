@@ -343,20 +343,19 @@ models.DualPhase.__init__, models.DualPhase.forward = build_double, forward_doub
 def test_micro_batches_and_processes_give_the_same_weights(
     cohort_folder, run_script, run_forked, tmp_path
 ):
-    """After an epoch of 3 steps of 12 pairs: in pieces of 5, 5 and 2, and on two processes.
+    """After an epoch of 5 steps of 8 pairs: in pieces of 5 and 3, on two processes, and both.
 
-    float64: every parameter to 1e-8 of its largest value. float32: all weights, as one vector, to
+    float64: every parameter to 1e-6 of its largest value. float32: all weights, as one vector, to
     1e-4 of its length, because Adam makes full steps out of gradients that are rounding noise
     around 0, as of a bias right before the features, which the head's BatchNorm takes out again.
     """
-    cases = [("", 0, 1), ("", 5, 1), ("", 0, 2), (DOUBLE, 0, 1), (DOUBLE, 4, 2)]
+    cases = [("", 0, 1), ("", 5, 1), ("", 0, 2), (DOUBLE, 0, 1), (DOUBLE, 3, 2)]
 
     def run(case):
         before, micro_batch, processes = case
         folder = tmp_path / f"{bool(before)}-{micro_batch}-{processes}"
         folder.mkdir()
-        more = ["--batch-size", 12, "--micro-batch", micro_batch]
-        arguments = options(cohort_folder, *more, epochs=1)
+        arguments = options(cohort_folder, "--micro-batch", micro_batch, epochs=1)
         start = run_forked if processes == 1 else partial(run_script, processes=processes)
         done = start("train.py", *arguments, cwd=folder, before=before)
         assert done.returncode == 0, done.stderr
@@ -364,7 +363,7 @@ def test_micro_batches_and_processes_give_the_same_weights(
 
     plain, micro, two, plain64, both64 = in_pairs(run, cases)
     for name, wanted in plain64.items():
-        assert (both64[name] - wanted).abs().max() <= 1e-8 * wanted.abs().max(), name
+        assert (both64[name] - wanted).abs().max() <= 1e-6 * wanted.abs().max(), name
     for other in (micro, two):
         moved = math.sqrt(sum((other[name] - plain[name]).square().sum() for name in plain))
         length = math.sqrt(sum(value.square().sum() for value in plain.values()))
