@@ -139,7 +139,8 @@ def main():
               f"{rates[torch.bfloat16] / 1e9:.0f} in bfloat16; {flops / 1e6:.0f} MFLOP a pair; "
               f"prepare: {prepared:.0f} subjects/s\n")  # fmt: skip
         print("| case | processes × threads | pairs/s | share of matrix-multiply rate | "
-              "waiting for data | augmenting | peak memory |\n|---|---|---|---|---|---|---|")  # fmt: skip
+              "waiting for data | augmenting | peak memory a process |")  # fmt: skip
+        print("|---" * 7 + "|")
         for title, batch, more, processes, threads in CASES:
             ranks = run(folder, batch, more, processes, threads)
             seconds = max(rank["seconds"] for rank in ranks)
