@@ -899,11 +899,13 @@ def augment(batch, rows, seed, epoch):
     column_y = torch.cat([angle.sin() * width / height, angle.cos(), move[:, 1:]], 1)
     moved = (uniform(0, 1)[:, 0] < 0.4).nonzero()[:, 0]  # not all: this is the slowest step
     turn = torch.stack([column_x, column_y], 1)[moved]  # (moved, 2, 3)
-    places = F.affine_grid(turn, (len(moved), 1, height, width), align_corners=False)
+    if len(moved):
+        places = F.affine_grid(turn, (len(moved), 1, height, width), align_corners=False)
     gain, offset = uniform(0.85, 1.15)[..., None, None], uniform(-0.05, 0.05)[..., None, None]
     for phase in ("ed", "es"):
         volume = batch[phase][:, 0]  # (B, Z, Y, X), slices as channels of a 2D image
-        volume[moved] = F.grid_sample(volume[moved], places, align_corners=False)
+        if len(moved):
+            volume[moved] = F.grid_sample(volume[moved], places, align_corners=False)
         volume.mul_(gain).add_(offset)
         add_noise(volume, 0.04)
     return {**batch, "ecg": ecg}

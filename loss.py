@@ -57,7 +57,7 @@ def retrieval_ranks(queries, gallery):
     for start in range(0, len(queries), 1024):
         scores = queries[start : start + 1024] @ gallery.T  # (<=1024, N)
         own = scores.diagonal(offset=start)[:, None]
-        ranks.append((scores >= own).sum(dim=1))
+        ranks.append((~(scores < own)).sum(dim=1))  # so that NaN ranks last, too
     return torch.cat(ranks)
 
 

@@ -16,6 +16,9 @@ os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 import data  # noqa: E402  (needs the path above)
 
+PRELOADED = ["train", "torch._dynamo", "matplotlib.backends.backend_agg"]
+multiprocessing.set_forkserver_preload(PRELOADED)
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; run with -m slow before a release")
@@ -62,12 +65,11 @@ def run_script():
 @pytest.fixture(scope="session")
 def run_forked():
     """The same for one process, forked from one that has all imports behind it: saves 5 s a run."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.backends.backend_agg"])
+    forks = multiprocessing.get_context("forkserver")
 
     def run(script, *arguments, cwd, before=""):
         argv = [str(part) for part in (ROOT / script, *arguments)]
-        process = context.Process(target=become, args=(argv, cwd, before + THEN_RUN))
+        process = forks.Process(target=become, args=(argv, cwd, before + THEN_RUN))
         process.start()
         process.join(300)
         output = [(Path(cwd) / name).read_text() for name in ("stdout", "stderr")]

@@ -443,6 +443,13 @@ def test_augmentation_depends_on_seed_epoch_and_subject_only(cohort_folder):
         assert not torch.equal(one[name][2], augmented([7], seed=1)[name][0])
 
 
+def test_augmentation_of_a_single_subject(cohort_folder):
+    cohort = data.open_cohort(cohort_folder)  # in some epochs no subject of the batch is moved
+    for epoch in range(8):
+        out = data.augment(data.read_batch(cohort, [3]), np.array([3]), 0, epoch)
+        assert out["ed"].isfinite().all()
+
+
 def test_both_phases_move_alike_and_are_never_mirrored(monkeypatch):
     monkeypatch.setattr(data, "noise_table", lambda seed, device: torch.zeros(2**20))
     ed = torch.zeros(64, 1, 4, 32, 32)

@@ -259,8 +259,11 @@ def one_of_several(rank, world, folder):
 def processes(request, tmp_path_factory):
     """The results of every case, of the first and the last process."""
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(one_of_several, (request.param, folder), nprocs=request.param)
-    ranks = (0, request.param - 1)
+    world = request.param
+    torch.multiprocessing.start_processes(
+        one_of_several, (world, folder), nprocs=world, start_method="forkserver"
+    )
+    ranks = (0, world - 1)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in ranks]
 
 

@@ -340,20 +340,26 @@ models.DualPhase.__init__, models.DualPhase.forward = build_double, forward_doub
 """
 
 
+@pytest.mark.parametrize(
+    "before, cases, tolerance",
+    [
+        ("", [(0, 1), (5, 1), (0, 2)], 1e-4),
+        pytest.param(DOUBLE, [(0, 1), (5, 1), (0, 2), (3, 2)], 1e-10, marks=pytest.mark.slow),
+    ],
+    ids=["float32", "float64"],
+)
 def test_micro_batches_and_processes_give_the_same_weights(
-    cohort_folder, run_script, run_forked, tmp_path
+    cohort_folder, run_script, run_forked, tmp_path, before, cases, tolerance
 ):
-    """After an epoch of 5 steps of 8 pairs: in pieces of 5 and 3, on two processes, and both.
+    """After an epoch of 5 steps of 8 pairs: case is (micro-batch, processes), the first one plain.
 
-    float64: every parameter to 1e-6 of its largest value. float32: all weights, as one vector, to
-    1e-4 of its length, because Adam makes full steps out of gradients that are rounding noise
-    around 0, as of a bias right before the features, which the head's BatchNorm takes out again.
+    All weights are compared as one vector, relative to its length: Adam makes full steps even
+    out of single gradients that are rounding noise around 0.
     """
-    cases = [("", 0, 1), ("", 5, 1), ("", 0, 2), (DOUBLE, 0, 1), (DOUBLE, 3, 2)]
 
     def run(case):
-        before, micro_batch, processes = case
-        folder = tmp_path / f"{bool(before)}-{micro_batch}-{processes}"
+        micro_batch, processes = case
+        folder = tmp_path / f"{micro_batch}-{processes}"
         folder.mkdir()
         arguments = options(cohort_folder, "--micro-batch", micro_batch, epochs=1)
         start = run_forked if processes == 1 else partial(run_script, processes=processes)
@@ -361,13 +367,20 @@ def test_micro_batches_and_processes_give_the_same_weights(
         assert done.returncode == 0, done.stderr
         return load(folder / "run" / "last.pt")["model"]
 
-    plain, micro, two, plain64, both64 = in_pairs(run, cases)
-    for name, wanted in plain64.items():
-        assert (both64[name] - wanted).abs().max() <= 1e-6 * wanted.abs().max(), name
-    for other in (micro, two):
+    plain, *others = in_pairs(run, cases)
+    length = math.sqrt(sum(value.square().sum() for value in plain.values()))
+    for other in others:
         moved = math.sqrt(sum((other[name] - plain[name]).square().sum() for name in plain))
-        length = math.sqrt(sum(value.square().sum() for value in plain.values()))
-        assert moved <= 1e-4 * length
+        assert moved <= tolerance * length
+
+
+@pytest.mark.parametrize("phase", ["ed", "es"])
+def test_the_smallest_run_works(cohort_folder, run_forked, tmp_path, phase):
+    """Two pairs a step: whatever draws leave nothing to do for a batch happen here."""
+    more = ["--batch-size", 2, "--limit", 9, "--phases", phase]
+    done = run_forked("train.py", *options(cohort_folder, *more, epochs=3), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert math.isfinite(load(tmp_path / "run" / "last.pt")["log"][-1]["total"])
 
 
 # ---------------------------------------------------------------- what is learnt
