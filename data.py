@@ -771,15 +771,16 @@ def open_cohort(folder):
         found = f"is {array.dtype} {array.shape}; subjects.csv and cohort.json"
         needed = f"{found} need {wanted.__name__} {(len(rows), *shape)}; prepare again"
         require(fits and array.flags.c_contiguous, path, needed)
-    values = {name: set(column[~np.isnan(column)]) for name, column in columns.items()}
+    ids, split = (np.array([row[name] for row in rows]) for name in ("id", "split"))
+    del rows  # a hundred megabytes in a large cohort
+    values = {name: set(np.unique(column[~np.isnan(column)])) for name, column in columns.items()}
     targets = [name for name in names if name not in COVARIATES and values[name]]
     kinds = {"covariates": [name for name in COVARIATES if values.get(name)]}
     kinds["phenotypes"] = [name for name in targets if not values[name] <= {0.0, 1.0}]
     kinds["outcomes"] = [name for name in targets if values[name] <= {0.0, 1.0}]
     digest = hashlib.sha256(text + table_path.read_bytes()).hexdigest()[:16]
     about = {"grid": grid, "spacing_mm": spacing_mm, "source": source, "fingerprint": digest}
-    ids, split = [row["id"] for row in rows], np.array([row["split"] for row in rows])
-    return {"folder": folder, "ids": ids, "split": split, "columns": columns, **kinds, **about}
+    return {"folder": folder, "ids": ids.tolist(), "split": split, "columns": columns, **kinds, **about}
 
 
 def find_cohort(data=None):
