@@ -1292,7 +1292,7 @@ def show(cohort, subject, out):
         axes[phase].imshow(picture, cmap="gray", vmin=0, vmax=1, aspect=mm_y / mm_x)
         axes[phase].set_title(f"{phase.upper()}, base to apex, {mm_z:g} mm apart")
         axes[phase].axis("off")
-    figure.savefig(out, dpi=110, format="png")
+    figure.savefig(out, dpi=60, format="png")
 
 
 def exit_cleanly(main):
