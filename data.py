@@ -780,7 +780,14 @@ def open_cohort(folder):
     kinds["outcomes"] = [name for name in targets if values[name] <= {0.0, 1.0}]
     digest = hashlib.sha256(text + table_path.read_bytes()).hexdigest()[:16]
     about = {"grid": grid, "spacing_mm": spacing_mm, "source": source, "fingerprint": digest}
-    return {"folder": folder, "ids": ids.tolist(), "split": split, "columns": columns, **kinds, **about}
+    return {
+        "folder": folder,
+        "ids": ids.tolist(),
+        "split": split,
+        "columns": columns,
+        **kinds,
+        **about,
+    }
 
 
 def find_cohort(data=None):
@@ -1292,7 +1299,7 @@ def show(cohort, subject, out):
         axes[phase].imshow(picture, cmap="gray", vmin=0, vmax=1, aspect=mm_y / mm_x)
         axes[phase].set_title(f"{phase.upper()}, base to apex, {mm_z:g} mm apart")
         axes[phase].axis("off")
-    figure.savefig(out, dpi=60, format="png")
+    figure.savefig(out, dpi=58, format="png")
 
 
 def exit_cleanly(main):
