@@ -343,10 +343,10 @@ models.DualPhase.__init__, models.DualPhase.forward = build_double, forward_doub
 @pytest.mark.parametrize(
     "before, cases, tolerance",
     [
-        ("", [(0, 1), (5, 1), (0, 2)], 1e-4),
-        pytest.param(DOUBLE, [(0, 1), (5, 1), (0, 2), (3, 2)], 1e-10, marks=pytest.mark.slow),
+        # Not in float32: Adam's full steps out of rounding noise leave 1e-4 to 2e-4 here.
+        (DOUBLE, [(0, 1), (5, 1), (0, 2), (3, 2)], 1e-10),
     ],
-    ids=["float32", "float64"],
+    ids=["float64"],
 )
 def test_micro_batches_and_processes_give_the_same_weights(
     cohort_folder, run_script, run_forked, tmp_path, before, cases, tolerance
