@@ -302,14 +302,14 @@ def save(name, args, cohort, model, optimizer, done):
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **done}
     state["args"] = vars(args) | {"data": str(cohort["folder"])}
     state["cohort"], state["grid"] = cohort["fingerprint"], list(cohort["grid"])
-    torch.save(state, out / f"{name}.partial")
-    os.replace(out / f"{name}.partial", out / name)
     if done["log"]:
         with open(out / "log.csv.partial", "w", newline="") as file:
             writer = csv.DictWriter(file, done["log"][-1], extrasaction="ignore")
             writer.writeheader()
             writer.writerows(done["log"])
         os.replace(out / "log.csv.partial", out / "log.csv")
+    torch.save(state, out / f"{name}.partial")
+    os.replace(out / f"{name}.partial", out / name)
 
 
 def resume(args, cohort, model, optimizer):
