@@ -855,12 +855,12 @@ def epoch_batches(rows, batch_size, seed, epoch):
 
 
 def read_ahead(load, tasks):
-    """Yield load(task) in order, two tasks ahead on a thread, so that no step waits for data."""
+    """Yield load(task) in order, one task ahead on a thread, so that no step waits for data."""
     with ThreadPoolExecutor(1) as thread:
         waiting = deque()
         for task in tasks:
             waiting.append(thread.submit(load, task))
-            if len(waiting) > 2:
+            if len(waiting) > 1:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -2,7 +2,7 @@
 
 dual_phase_loss(embeddings, weights, temperature)   # the paper's loss, each term by name
 retrieval_ranks(a, b)                                # where each row's own partner is found
-backward(model, batch, ...)                          # gradients of the global batch, in pieces
+backward(model, encode, stream, ...)                 # gradients of the global batch, in pieces
 """
 
 from contextlib import nullcontext
@@ -87,45 +87,32 @@ def gather(features):
     return {name: Gather.apply(rows) for name, rows in features.items()}
 
 
-def backward(model, encode, batch, micro_batch, weights, temperature):
+def backward(model, encode, stream, pieces, weights, temperature):
     """Accumulate the gradients of the loss over the global batch; returns its terms, detached.
 
-    encode: batch -> features, the model itself or its DistributedDataParallel wrapper; batch holds
-    this process's part. With micro_batch > 0, memory is that of a micro-batch, and gradients are
-    the same (gradient cache, Gao 2021): encode without graph, take the loss over all features and
-    its gradient at the features, then encode each piece again with graph and send it back.
+    encode: batch -> features, the model itself or its DistributedDataParallel wrapper. stream gives
+    the batch, or this process's part of it, in so many pieces. With more than one, memory is that
+    of a piece, and gradients are the same (gradient cache, Gao 2021): encode without graph, take
+    the loss over all features and its gradient at the features, then encode each piece again, which
+    stream must give a second time in the same order, with graph and send the gradient back.
     """
-    size = len(batch["ecg"])
-    if not 0 < micro_batch < size:
-        loss = dual_phase_loss(model.embed(gather(encode(batch))), weights, temperature)
-        loss["total"].backward()
-        return {name: term.detach() for name, term in loss.items()}
+    if pieces == 1:
+        terms = dual_phase_loss(model.embed(gather(encode(next(stream)))), weights, temperature)
+        terms["total"].backward()
+        return {name: term.detach() for name, term in terms.items()}
 
-    pieces = [
-        {name: rows[k : k + micro_batch] for name, rows in batch.items()}
-        for k in range(0, size, micro_batch)
-    ]
     with torch.no_grad():
-        encoded = [model(piece) for piece in pieces]
-    cached = {
-        name: torch.cat([piece[name] for piece in encoded]).requires_grad_() for name in encoded[0]
-    }
-    loss = dual_phase_loss(model.embed(gather(cached)), weights, temperature)
-    wanted = dict(
-        zip(
-            cached,
-            torch.autograd.grad(loss["total"], list(cached.values()), retain_graph=True),
-            strict=True,
-        )
-    )
-    for k, piece in enumerate(pieces):
-        last = k == len(pieces) - 1
+        encoded = [model(next(stream)) for _ in range(pieces)]
+    sizes = [len(features["ecg"]) for features in encoded]
+    cached = {name: torch.cat([f[name] for f in encoded]).requires_grad_() for name in encoded[0]}
+    terms = dual_phase_loss(model.embed(gather(cached)), weights, temperature)
+    wanted = torch.autograd.grad(terms["total"], list(cached.values()), retain_graph=True)
+    wanted = {name: gradient.split(sizes) for name, gradient in zip(cached, wanted, strict=True)}
+    for k in range(pieces):
+        last = k == pieces - 1
         # Processes meet once, in the last piece, where the heads get their gradient too.
         with nullcontext() if last or encode is model else encode.no_sync():
-            features = encode(piece)
-            surrogate = sum(
-                (features[name] * wanted[name][k * micro_batch :][: len(features[name])]).sum()
-                for name in features
-            )
-            (surrogate + loss["total"] if last else surrogate).backward()
-    return {name: term.detach() for name, term in loss.items()}
+            features = encode(next(stream))
+            surrogate = sum((features[name] * wanted[name][k]).sum() for name in features)
+            (surrogate + terms["total"] if last else surrogate).backward()
+    return {name: term.detach() for name, term in terms.items()}

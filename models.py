@@ -27,9 +27,9 @@ class Block(nn.Module):
         self.shortcut = conv(width_in, width_out, 1, stride=2, bias=False)
 
     def forward(self, x):  # (B, width_in, *size) -> (B, width_out, *size / 2)
-        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = F.silu(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
-        return F.relu(y + self.shortcut(x), inplace=True)
+        return F.silu(y + self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -49,7 +49,7 @@ class ResNet(nn.Module):
         )
 
     def forward(self, x):
-        x = F.relu(self.norm(self.stem(x)), inplace=True)  # (B, W0, *size / patch)
+        x = F.silu(self.norm(self.stem(x)))  # (B, W0, *size / patch)
         x = self.stages(x)  # (B, D, *size / patch / 2^stages)
         return x.flatten(2).mean(2)  # (B, D)
 

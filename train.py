@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +59,12 @@ def main():
         encode = DistributedDataParallel(model, broadcast_buffers=False)
     part = args.batch_size // world["size"]  # of each global batch, for this process
     own = slice(world["rank"] * part, (world["rank"] + 1) * part)
+    pieces = math.ceil(part / (args.micro_batch or part))
     stop = stop_on_signal()
 
-    def load(subjects):  # on a thread, ahead of the step
-        return data.read_arrays(cohort, subjects, device, partner[subjects])
+    def load(subjects, epoch):  # on a thread, ahead of the step
+        batch = data.read_batch(cohort, subjects, device, partner[subjects])
+        return data.augment(batch, subjects, args.seed, epoch)
 
     if chief:
         print(
@@ -73,16 +76,16 @@ def main():
     for epoch in range(done["epoch"], args.epochs):
         epoch_started = time.time()
         batches = data.epoch_batches(rows["train"], args.batch_size, args.seed, epoch)
-        batches = [subjects[own] for subjects in batches[done["step"] :]]
+        batches = [np.array_split(subjects[own], pieces) for subjects in batches[done["step"] :]]
+        passes = min(pieces, 2)  # micro-batches are encoded twice: see loss.backward
+        tasks = [subjects for batch in batches for subjects in batch * passes]
+        stream = data.read_ahead(partial(load, epoch=epoch), tasks)
         model.train()
-        for subjects, stored in zip(batches, data.read_ahead(load, batches), strict=True):
-            batch = data.augment(data.to_units(stored), subjects, args.seed, epoch)
+        for _ in batches:
             rate = learning_rate(args, epoch + done["step"] / steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            terms = loss.backward(
-                model, encode, batch, args.micro_batch, args.weights, args.temperature
-            )
+            terms = loss.backward(model, encode, stream, pieces, args.weights, args.temperature)
             optimizer.step()
             optimizer.zero_grad()
             done["step"] += 1
@@ -233,9 +236,16 @@ def validate(model, cohort, rows, partner, args, device):
     if len(rows) < 2:
         return {}
     model.eval()
-    sums, parts = {}, np.array_split(rows, math.ceil(len(rows) / args.batch_size))
-    for part in parts:
-        embeddings = model.embed(model(data.read_batch(cohort, part, device, partner[part])))
+
+    def load(subjects):
+        return data.read_batch(cohort, subjects, device, partner[subjects])
+
+    pieces = np.array_split(rows, math.ceil(len(rows) / (args.micro_batch or args.batch_size)))
+    encoded = [model(batch) for batch in data.read_ahead(load, pieces)]
+    features = {name: torch.cat([piece[name] for piece in encoded]) for name in encoded[0]}
+    sums, whole = {}, model.embed(features)
+    for part in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / args.batch_size)):
+        embeddings = {name: x[part] for name, x in whole.items()}
         terms = loss.dual_phase_loss(embeddings, args.weights, args.temperature)
         for phase in args.phases:
             ranks = loss.retrieval_ranks(embeddings["ecg"], embeddings[phase])

@@ -58,7 +58,7 @@ def flops_of_a_pair(size=64):
     batch = {"ecg": torch.randn(size, 12, 2500)}
     batch |= {phase: torch.rand(size, 1, *data.GRID) for phase in ("ed", "es")}
     with FlopCounterMode(display=False) as counter:
-        loss.backward(model, model, batch, 0, (1, 1, 1), 0.07)
+        loss.backward(model, model, iter([batch]), 1, (1, 1, 1), 0.07)
     return counter.get_total_flops() / size
 
 
