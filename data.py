@@ -89,7 +89,7 @@ def read_ecg(path):
     wrong = ", ".join(f"{name} {names[name]} times" for name in LEADS if names[name] != 1)
     lengths = sorted({len(samples) for _, samples in leads})
     require(not wrong, path, f"must hold each of the 12 leads once but holds {wrong}; export all")
-    require(100 <= rate <= 1e4, path, f"sampling rate {rate:g} Hz is not within 100 to 10,000")
+    require(100 <= rate <= 1e4, path, f"sampling rate {rate:g} Hz must be from 100 to 10,000")
     require(len(lengths) == 1, path, f"leads have different lengths {lengths}; export it again")
     leads = dict(leads)
     return {"ecg_mv": np.stack([leads[name] for name in LEADS]), "sampling_rate_hz": rate}
@@ -291,7 +291,7 @@ def open_nifti(path, dimensions=(3,)):
         affine = np.array(header.get_best_affine(), float)
         placed = header["sform_code"] > 0 or header["qform_code"] > 0
     except Exception as error:
-        raise InputError(path, f"is not a readable NIfTI file ({error!s:.80})") from None
+        raise InputError(path, f"is not readable NIfTI ({error!s:.80}); convert it again") from None
     shape = shape[:3] if len(shape) == 4 and shape[3] == 1 else shape
     wanted, again = " or ".join(f"{n}D" for n in dimensions), "convert it again"
     flat = f"is {len(shape)}D {shape} but {wanted} is needed; see the manifest's columns"
@@ -343,7 +343,8 @@ def read_voxels(nifti):
     with np.errstate(all="ignore"):  # what overflows is found below
         voxels = voxels.reshape(shape, order="F").astype(np.float32)
         if slope is not None and (slope, intercept) != (1, 0):
-            voxels = voxels * np.float32(slope) + np.float32(intercept)
+            voxels *= np.float32(slope)
+            voxels += np.float32(intercept)
     plausible = -1e9 < voxels.min() and voxels.max() < 1e9  # false for NaN
     require(plausible, path, "holds NaN, infinite or absurd voxels; convert it again")
     voxels = voxels.transpose(nifti["axes"] + list(range(3, voxels.ndim)))  # -> (Z, Y, X[, T])
@@ -387,9 +388,12 @@ def read_phases(row):
     require(not np.array_equal(ed, es), path, "ED and ES are the same image; name two phases")
     if row.get("mask"):
         labels, wanted = open_nifti(row["mask"]), stack["shape"][:3]
-        other = f"its grid {labels['shape']} is not ED's {wanted}; use ED's label map"
-        require(labels["shape"] == wanted, row["mask"], other)
-        mask = read_voxels({**labels, "axes": stack["axes"], "flips": stack["flips"]}) > 0
+        placed = labels["affine"] is not None and stack["affine"] is not None
+        there = not placed or np.allclose(labels["affine"], stack["affine"], atol=0.1)
+        other = f"its grid {labels['shape']} or place is not ED's {wanted}; use ED's label map"
+        require(labels["shape"] == wanted and there, row["mask"], other)
+        order = labels if placed else stack
+        mask = read_voxels({**labels, "axes": order["axes"], "flips": order["flips"]}) > 0
         require(mask.any(), row["mask"], "labels no voxel; empty the cell or segment the heart")
     spacing = stack["spacing_mm"]
     if not (4 <= spacing[0] <= 15 and 0.5 <= spacing[1] <= 4 and 0.5 <= spacing[2] <= 4):
@@ -569,14 +573,14 @@ def read_manifest(path):
             cmr = row.get("cine") or (row.get("ed") and row.get("es"))
             rules = (
                 (not bad, f"{bad} '{row.get(bad)}' is not a number; correct or empty the cell"),
-                (number(sex) in (0, 1) or not sex, f"sex '{sex}' is not 0 (female) or 1 (male)"),
-                (not split or split in SPLITS, f"split '{split}' is none of train, val, test"),
+                (number(sex) in (0, 1) or not sex, f"sex '{sex}' must be 0 (female) or 1 (male)"),
+                (not split or split in SPLITS, f"split '{split}' must be train, val or test"),
                 (row["ecg"] and cmr, "names no ECG or no pair of ED and ES (or cine); fill it in"),
             )
             broken = [why for holds, why in rules if not holds]
             row |= {"wrong": broken[0]} if broken else {}
             row |= {name: str(Path(path).parent / row[name]) for name in files if row[name]}
-            row["split"] = split or split_of(row["id"])
+            row |= {**dict.fromkeys(ignored, ""), "split": split or split_of(row["id"])}
     return {"path": path, "rows": rows, "columns": columns, "ignored": ignored}
 
 
@@ -599,7 +603,7 @@ def prepare_row(row, manifest, mains_hz=50, grid=GRID, spacing_mm=SPACING_MM):
         return {"id": row.get("id", ""), "file": error.where, "reason": error.why}
     except Exception as error:  # a file that breaks a reader must not stop the other 34,000
         why = f"cannot be read ({type(error).__name__}: {error}); check the row's files"
-        return {"id": row["id"], "file": row["ecg"], "reason": why}
+        return {"id": row["id"], "file": row["ecg"], "reason": printable(why)}
     warnings = [*ecg["warnings"], *heart["warnings"], *implausible(row)]
     arrays = {"ecg": ecg["ecg"], "ed": heart["ed"], "es": heart["es"]}
     return {"row": row, **arrays, "warnings": warnings}
@@ -723,6 +727,18 @@ def write_csv(path, columns, rows):
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write(path, save):
+    """Call save(file) aside, then rename: no name ever holds half a file."""
+    aside = Path(f"{path}.partial")
+    try:
+        with open(aside, "wb") as file:
+            save(file)
+        aside.replace(path)
+    except OSError as error:
+        why = f"cannot be written ({error.strerror}); check its permissions and the free space"
+        raise InputError(path, why) from None
 
 
 def summarize_rejected(rejected):
@@ -855,8 +871,11 @@ def epoch_batches(rows, batch_size, seed, epoch):
 
 
 def read_ahead(load, tasks):
-    """Yield load(task) in order, one task ahead on a thread, so that no step waits for data."""
-    with ThreadPoolExecutor(1) as thread:
+    """Yield load(task) in order, one task ahead on a thread, so that no step waits for data.
+
+    The thread works alone: a second team of threads would compete with that of the step.
+    """
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
         waiting = deque()
         for task in tasks:
             waiting.append(thread.submit(load, task))
@@ -875,7 +894,7 @@ def augment(batch, rows, seed, epoch):
     """Vary a batch as a repeated examination would; draws depend on (seed, epoch, subject) only.
 
     ECG: time shift, gain +-10 %, noise, baseline wander, lead dropout. CMR, where the batch has it:
-    gain, offset, noise and, for four subjects of ten, a shift and an in-plane turn. Geometry is one
+    gain, offset, noise and, for one subject of seven, a shift and an in-plane turn. Geometry is one
     draw for both phases, without mirror (the right ventricle has a side) and without scaling (size
     is the phenotype). The CMR tensors of `batch` are changed in place.
     """
@@ -911,7 +930,7 @@ def augment(batch, rows, seed, epoch):
     move = uniform(-0.1, 0.1, 2)  # of half the box: up to 9.6 mm at the default grid
     column_x = torch.cat([angle.cos(), -angle.sin() * height / width, move[:, :1]], 1)
     column_y = torch.cat([angle.sin() * width / height, angle.cos(), move[:, 1:]], 1)
-    moved = (uniform(0, 1)[:, 0] < 0.4).nonzero()[:, 0]  # not all: this is the slowest step
+    moved = (uniform(0, 1)[:, 0] < 0.15).nonzero()[:, 0]  # few: in 12 epochs, more was too much
     turn = torch.stack([column_x, column_y], 1)[moved]  # (moved, 2, 3)
     if len(moved):
         places = F.affine_grid(turn, (len(moved), 1, height, width), align_corners=False)
@@ -1247,9 +1266,10 @@ def prepare(manifest, folder, workers=None, mains_hz=50, grid=GRID, spacing_mm=S
         source = {"kind": "manifest", "manifest": str(manifest), "mains_hz": mains_hz}
         result = write_cohort(folder, prepared, table["columns"], grid, spacing_mm, source)
     else:
-        result = {"rejected": [], "warnings": Counter()}
+        result = {"rejected": [], "warnings": Counter(), "counts": Counter()}
         for subject in prepared:
             result["rejected"] += [subject] if "reason" in subject else []
+            result["counts"].update([subject["row"]["split"]] if "row" in subject else [])
             result["warnings"].update(subject.get("warnings", []))
     bad, count = len(result["rejected"]), len(table["rows"])
     print(report(result, table["ignored"]) or "nothing to report")
@@ -1258,10 +1278,13 @@ def prepare(manifest, folder, workers=None, mains_hz=50, grid=GRID, spacing_mm=S
 
 
 def report(result, ignored):
-    """dict(rejected, warnings) -> text: each bad row, their reasons grouped, what is suspicious."""
-    lines = [f"rejected {bad['id']}: {bad['file']}: {bad['reason']}" for bad in result["rejected"]]
-    lines += [f"reasons: {summarize_rejected(result['rejected'])}"] if len(lines) > 1 else []
+    """What write_cohort returns -> text: each bad row, reasons grouped, what is suspicious."""
+    bad_rows, counts = result["rejected"], result["counts"]
+    lines = [f"rejected {printable(b['id'])}: {b['file']}: {b['reason']}" for b in bad_rows]
+    lines += [f"reasons: {summarize_rejected(bad_rows)}"] if len(lines) > 1 else []
     lines += [f"warning: {text} ({n} subjects)" for text, n in result["warnings"].most_common()]
+    empty = ", ".join(name for name in SPLITS if not counts[name])
+    lines += [f"warning: no subject is left for {empty}; see the column split"] if empty else []
     lines += [f"column {name} holds no numbers and is ignored" for name in ignored]
     return "\n".join(lines)
 

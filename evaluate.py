@@ -432,7 +432,7 @@ def predict(run, cohort, rows, table, device):
     texts = ((v if isinstance(v, str) else f"{v:.5g}" for v in c) for c in columns.values())
     lines = [dict(zip(columns, line, strict=True)) for line in zip(*texts, strict=True)]
     out = Path(table).with_name("predictions.csv")
-    write(out, lambda file: data.write_csv(file.name, columns, lines))
+    data.write(out, lambda file: data.write_csv(file.name, columns, lines))
     print(f"wrote {out}: {len(new)} predicted, {len(rejected)} rejected")
     print("Research use only, not for diagnosis.")
 
@@ -444,14 +444,6 @@ def label(name):
     """LVEF_pct -> LVEF (%)."""
     stem, _, unit = name.rpartition("_")
     return f"{stem} ({unit.replace('pct', '%')})" if stem else name
-
-
-def write(path, save):
-    """Aside, then renamed: no name ever holds half a file."""
-    aside = path.with_name(path.name + ".partial")
-    with open(aside, "wb") as file:
-        save(file)
-    aside.replace(path)
 
 
 def bars(methods, title):
@@ -700,10 +692,10 @@ def main():
     out, note = runs[first]["folder"] / "eval", f" ({cohort['source']['kind']} cohort)"
     out.mkdir(exist_ok=True)
     text = table_text(metrics, cohort, rows, first)
-    write(out / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
-    write(out / "table.md", lambda file: file.write(text.encode()))
+    data.write(out / "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
+    data.write(out / "table.md", lambda file: file.write(text.encode()))
     arrays |= {"id": np.array(cohort["ids"]), "split": cohort["split"]}
-    write(out / "features.npz", lambda file: np.savez(file, **arrays))
+    data.write(out / "features.npz", lambda file: np.savez(file, **arrays))
     figures = dict.fromkeys(("probe", "latents", "scatter", "labels", "gallery"))
     if own := results[first]["probe"]:
         shown = {name: results[name]["probe"] for name in results if name != "mean"}
@@ -721,7 +713,7 @@ def main():
         figures["gallery"] = gallery(cohort, embeddings[first], rows["test"], f"Retrieval{note}")
     for name, figure in figures.items():
         if figure:
-            write(out / f"{name}.png", partial(figure.savefig, dpi=100, format="png"))
+            data.write(out / f"{name}.png", partial(figure.savefig, dpi=100, format="png"))
         else:  # no figure of an earlier evaluation may stay
             (out / f"{name}.png").unlink(missing_ok=True)
     print(f"{text}\nwrote {out}")

@@ -11,13 +11,14 @@ of processes, nor an interruption changes the result by more than rounding.
 """
 
 import argparse
-import csv
+import io
 import math
 import os
 import shlex
 import signal
 import sys
 import time
+import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -50,8 +51,13 @@ def main():
     model = models.DualPhase(args.phases, amp=args.amp).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr)
     done = {"epoch": 0, "step": 0, "sums": {}, "log": [], "best": math.inf}
+    if chief:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.resume:
         done = resume(args, cohort, model, optimizer) or done
+    elif chief:  # --overwrite: the old run must not be taken for an interrupted part of this one
+        for name in ("last.pt", "best.pt", "log.csv", "curves.png"):
+            (Path(args.out) / name).unlink(missing_ok=True)
     if args.compile:
         model.compile()
     encode = model
@@ -186,6 +192,8 @@ def start_processes(device):
         return {"rank": 0, "size": 1, "device": torch.device(device)}
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Its successor is unknown to torch 2.4.
+    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
     # The others wait in a barrier while the first prepares raw files, for hours perhaps.
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
     return {"rank": dist.get_rank(), "size": dist.get_world_size(), "device": torch.device(device)}
@@ -306,20 +314,17 @@ def leave(args, cohort, model, optimizer, done, chief):
 
 
 def save(name, args, cohort, model, optimizer, done):
-    """Write a checkpoint and log.csv aside, then rename: no name ever holds half a file."""
+    """Write log.csv and a checkpoint."""
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **done}
     state["args"] = vars(args) | {"data": str(cohort["folder"])}
     state["cohort"], state["grid"] = cohort["fingerprint"], list(cohort["grid"])
     if done["log"]:
-        with open(out / "log.csv.partial", "w", newline="") as file:
-            writer = csv.DictWriter(file, done["log"][-1], extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(done["log"])
-        os.replace(out / "log.csv.partial", out / "log.csv")
-    torch.save(state, out / f"{name}.partial")
-    os.replace(out / f"{name}.partial", out / name)
+        write_log = partial(data.write_csv, columns=done["log"][-1], rows=done["log"])
+        data.write(out / "log.csv", lambda file: write_log(file.name))
+    packed = io.BytesIO()  # to a file, torch.save gives no OSError when the disk is full
+    torch.save(state, packed)
+    data.write(out / name, lambda file: file.write(packed.getbuffer()))
 
 
 def resume(args, cohort, model, optimizer):
@@ -374,9 +379,7 @@ def draw_curves(args, log):
     for axis in (left, right):
         if axis.lines:
             axis.legend(frameon=False)
-    path = Path(args.out) / "curves.png"
-    figure.savefig(f"{path}.partial", dpi=110, format="png")
-    os.replace(f"{path}.partial", path)
+    data.write(Path(args.out) / "curves.png", partial(figure.savefig, dpi=110, format="png"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -84,31 +83,25 @@ def make_cohorts(folder):
 
 def measured(results):
     """Run train.py as argv says, with clocks around the data; write down the result."""
-    epochs, spent, read_ahead = [], {}, data.read_ahead
-
-    def clocked(name, function):
-        def call(*arguments):
-            started = time.perf_counter()
-            result = function(*arguments)
-            if threading.current_thread() is threading.main_thread():  # else it costs no step
-                spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
-            return result
-
-        return call
+    epochs, read_ahead = [], data.read_ahead
 
     def timed(load, tasks):
-        spent.clear()
-        started, batches = time.perf_counter(), read_ahead(load, tasks)
-        wait = clocked("waited", lambda: next(batches, None))
-        while (batch := wait()) is not None:
+        started, waited, batches = time.perf_counter(), 0.0, read_ahead(load, tasks)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            waited += time.perf_counter() - asked
+            if batch is None:
+                break
             yield batch
-        epochs.append({"seconds": time.perf_counter() - started, "augmented": 0.0} | spent)
+        epochs.append({"seconds": time.perf_counter() - started, "waited": waited})
 
-    data.read_ahead, data.augment = timed, clocked("augmented", data.augment)
+    data.read_ahead = timed
     code = train.main()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak_mb = peak / (2**20 if platform.system() == "Darwin" else 2**10)
-    result = {name: statistics.median(e[name] for e in epochs[1:]) for name in epochs[0]}
+    trained = epochs[2::2]  # every other pass is validation, and the first epoch only warms up
+    result = {name: statistics.median(e[name] for e in trained) for name in epochs[0]}
     Path(f"{results}.{os.environ.get('RANK', 0)}").write_text(json.dumps(result | {"mb": peak_mb}))
     return code
 
@@ -139,19 +132,17 @@ def main():
               f"{rates[torch.bfloat16] / 1e9:.0f} in bfloat16; {flops / 1e6:.0f} MFLOP a pair; "
               f"prepare: {prepared:.0f} subjects/s\n")  # fmt: skip
         print("| case | processes × threads | pairs/s | share of matrix-multiply rate | "
-              "waiting for data | augmenting | peak memory a process |")  # fmt: skip
-        print("|---" * 7 + "|")
+              "waiting for data | peak memory a process |")  # fmt: skip
+        print("|---" * 6 + "|")
         for title, batch, more, processes, threads in CASES:
             ranks = run(folder, batch, more, processes, threads)
             seconds = max(rank["seconds"] for rank in ranks)
             pairs = TRAIN // batch * batch / seconds
             share = pairs * flops / rates[torch.bfloat16 if "--amp" in more else torch.float32]
-            waiting, augmenting = (
-                max(rank[name] for rank in ranks) / seconds for name in ("waited", "augmented")
-            )
+            waiting = max(rank["waited"] for rank in ranks) / seconds
             peak = max(rank["mb"] for rank in ranks)
             print(f"| {title} | {processes} × {threads} | {pairs:.0f} | {share:.0%} | "
-                  f"{waiting:.1%} | {augmenting:.1%} | {peak:,.0f} MB |", flush=True)  # fmt: skip
+                  f"{waiting:.1%} | {peak:,.0f} MB |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__" and len(sys.argv) > 1:

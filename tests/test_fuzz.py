@@ -73,6 +73,8 @@ def attack(path, read, count, seed, head=None):
             read_well += 1
         except data.InputError as error:
             assert_sentence(error)
+            cause = error.__context__  # a sentence about memory, too, would hide a huge allocation
+            assert not isinstance(cause, MemoryError) and "allocate" not in str(cause), repr(cause)
         except BaseException as error:
             raise AssertionError(f"mutation {k} of seed {seed}: {error!r}") from error
         assert time.time() - started < LONGEST_S, f"mutation {k} of seed {seed} takes too long"
