@@ -36,20 +36,22 @@ class ResNet(nn.Module):
     """Patch stem, residual stages, mean over what is left of the axes: (B, C, *size) -> (B, D).
 
     The stem cuts the input into patches, as convolutions at full resolution would cost most of the
-    time: 40 ms of ECG, or 20 x 12 x 12 mm of heart, a patch nearly as deep as it is wide.
+    time: 40 ms of ECG, or 20 x 12 x 12 mm of heart, a patch nearly as deep as it is wide. There is
+    no norm between the stem and the shortcuts: it would divide every ECG by its own size, and with
+    the voltage lose the mass of the heart. SiLU is smooth: rounding, which differs between
+    micro-batches or processes, flips ReLUs on and off.
     """
 
     def __init__(self, dim, channels, patch, widths, kernel):
         super().__init__()
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1]
-        self.stem = conv(channels, widths[0], patch, stride=patch, bias=False)
-        self.norm = nn.GroupNorm(GROUPS, widths[0])
+        self.stem = conv(channels, widths[0], patch, stride=patch)
         self.stages = nn.Sequential(
             *(Block(dim, a, b, kernel) for a, b in zip(widths, widths[1:], strict=False))
         )
 
     def forward(self, x):
-        x = F.silu(self.norm(self.stem(x)))  # (B, W0, *size / patch)
+        x = F.silu(self.stem(x))  # (B, W0, *size / patch)
         x = self.stages(x)  # (B, D, *size / patch / 2^stages)
         return x.flatten(2).mean(2)  # (B, D)
 

@@ -107,6 +107,14 @@ def test_no_batch_statistics_in_any_encoder():
     assert not list(model.encoders.buffers())
 
 
+def test_voltage_reaches_the_features():
+    """A norm right behind the stem would divide it out, and with it the mass of the heart."""
+    encode, ecg = make_model().eval().encoders["ecg"], make_batch(4)["ecg"]
+    with torch.no_grad():
+        single, double = encode(ecg), encode(2 * ecg)
+    assert (double - single).norm() > 0.03 * single.norm()
+
+
 def test_amp_features_are_float32_and_close():
     exact, amp = make_model().eval(), make_model(amp=True).eval()
     batch = make_batch(4)
