@@ -352,7 +352,11 @@ def read_voxels(nifti):
 
 
 def read_phases(row):
-    """One manifest row: dict(ed, es (Z, Y, X) float32, spacing_mm, mask, warnings, path)."""
+    """One manifest row: dict(ed, es float32, spacing_mm (z, y, x), mask, warnings, path).
+
+    Images are (Z, Y, X) in scanner units, the mask boolean or None. A cine, where the row has one,
+    goes before ed and es. Raises InputError that names the file and the rule it breaks.
+    """
     warnings, mask, path = [], None, row.get("cine") or row["es"]
     if row.get("cine"):
         stack = open_nifti(path, dimensions=(4,))
@@ -581,7 +585,7 @@ def read_manifest(path):
             row |= {"wrong": broken[0]} if broken else {}
             row |= {name: str(Path(path).parent / row[name]) for name in files if row[name]}
             row |= {**dict.fromkeys(ignored, ""), "split": split or split_of(row["id"])}
-    return {"path": path, "rows": rows, "columns": columns, "ignored": ignored}
+    return {"rows": rows, "columns": columns, "ignored": ignored}
 
 
 def split_of(subject):
@@ -807,7 +811,11 @@ def open_cohort(folder):
 
 
 def find_cohort(data=None):
-    """What --data names, opened: a cohort folder, a manifest (prepared once), or nothing."""
+    """What --data names, opened: a cohort folder, a manifest or, when nothing, synthetic hearts.
+
+    A manifest is prepared once into cohorts/ with the default grid and a 50 Hz notch; others need
+    data.py prepare. Returns and raises as open_cohort does.
+    """
     if data and Path(data).is_dir():
         return open_cohort(data)
     if data:
@@ -831,8 +839,8 @@ def find_cohort(data=None):
 # ---------------------------------------------------------------- batches
 
 
-def read_arrays(cohort, rows, device="cpu", ecg_rows=None, names=("ecg", "ed", "es")):
-    """Rows of a cohort as stored, on the device: dict(ecg int16 µV, ed, es uint8 (B, Z, Y, X)).
+def read_batch(cohort, rows, device="cpu", ecg_rows=None, names=("ecg", "ed", "es")):
+    """Rows of a cohort as float32: dict(ecg (B, 12, 2500) mV, ed, es (B, 1, Z, Y, X) in 0..1).
 
     ecg_rows: whose ECG to put beside each heart, for the negative control; default their own.
     The map of a file gives its layout; rows are then read, not touched through the map, as mapped
@@ -847,21 +855,9 @@ def read_arrays(cohort, rows, device="cpu", ecg_rows=None, names=("ecg", "ed", "
             for k, row in enumerate(wanted):
                 file.seek(stored.offset + int(row) * array[0].nbytes)
                 file.readinto(array[k])
-        batch[name] = torch.from_numpy(array).to(device, non_blocking=True)
+        x = torch.from_numpy(array).to(device)  # small as stored: converted there
+        batch[name] = x.float().mul_(1e-3) if name == "ecg" else x[:, None].float().div_(255)
     return batch
-
-
-def to_units(batch):
-    """What read_arrays returns -> dict(ecg (B, 12, 2500) mV, ed, es (B, 1, Z, Y, X) in 0..1)."""
-    return {
-        name: x.float().mul_(1e-3) if name == "ecg" else x[:, None].float().div_(255)
-        for name, x in batch.items()
-    }
-
-
-def read_batch(cohort, rows, device="cpu", ecg_rows=None, names=("ecg", "ed", "es")):
-    """Rows of a cohort as float32 in units, see read_arrays and to_units."""
-    return to_units(read_arrays(cohort, rows, device, ecg_rows, names))
 
 
 def epoch_batches(rows, batch_size, seed, epoch):
@@ -891,7 +887,9 @@ def noise_table(seed, device):
 
 
 def augment(batch, rows, seed, epoch):
-    """Vary a batch as a repeated examination would; draws depend on (seed, epoch, subject) only.
+    """Vary a batch of read_batch as a repeated examination would; the same shapes and units.
+
+    Draws depend on (seed, epoch, subject) only; rows (B,): the subjects' rows in the cohort.
 
     ECG: time shift, gain +-10 %, noise, baseline wander, lead dropout. CMR, where the batch has it:
     gain, offset, noise and, for one subject of seven, a shift and an in-plane turn. Geometry is one

@@ -56,7 +56,7 @@ def load_run(folder):
         raise data.InputError(path, f"{text}; train again") from None
 
 
-def find_cohort(path, runs):
+def choose_cohort(path, runs):
     """The cohort to evaluate on; one that has another grid than a run was trained on is refused."""
     wanted = path or runs[0]["args"]["data"]
     if not path and not Path(wanted).exists():
@@ -156,8 +156,9 @@ def standardise(x, train):
 def fit(x, y, rows, binary):
     """Probe standardised x (N, D) for y (N,), nan where unknown: looks at train and val alone.
 
-    Returns dict(prediction (N,) in y's unit or as a probability, alpha with the least validation
-    error, mean of y on train), or None with fewer than 3 training labels or a single class.
+    Returns dict(prediction (N,) in y's unit or as a probability, alpha, the one of ALPHAS with the
+    least squared error or log loss on val (100 without val), mean of y on train), or None with
+    fewer than 3 training labels or a single class.
     """
     train, val = (rows[name][~np.isnan(y[rows[name]])] for name in ("train", "val"))
     if len(train) < 3 or (binary and len(set(y[train])) < 2):
@@ -212,7 +213,7 @@ def summary(samples, name, interval="{}_ci"):
 
 
 def groups(names):
-    """Phenotypes of size and of contraction, told apart by name."""
+    """Phenotypes of size and of contraction (stroke and end-systolic volumes, EF), by name."""
     functional = [n for n in names if re.search(r"(SV|EF|CO|STRAIN)(_|$)", n.upper())]
     return {"structural": [n for n in names if n not in functional], "functional": functional}
 
@@ -579,7 +580,8 @@ def table_text(metrics, cohort, rows, first):
         lines += markdown(f"R², {n} labels", tables, cohort["phenotypes"], "r2")
     for name, run in runs.items():
         tables, found = {}, run["retrieval"].items()
-        for key in ("recall@1", "chance@1", "recall@5", "recall@10", "median_rank", "n"):
+        shown = "recall@1 chance@1 recall@5 chance@5 recall@10 chance@10 median_rank chance_rank n"
+        for key in shown.split():
             tables[key] = {d: {"v": r[key], "ci": r.get(f"{key}_ci")} for d, r in found}
         lines += markdown(f"retrieval, {name}", tables, run["retrieval"], "v", ".3g")
     return "\n".join(lines) + "\n"
@@ -637,7 +639,7 @@ def main():
         "supervised",
     }:
         raise data.InputError("RUN", "two folders, or one and a baseline, share a name; rename one")
-    cohort, first = find_cohort(args.data, list(runs.values())), next(iter(runs))
+    cohort, first = choose_cohort(args.data, list(runs.values())), next(iter(runs))
     rows = {name: np.flatnonzero(cohort["split"] == name) for name in ("train", "val", "test")}
     if args.predict:
         predict(runs[first], cohort, rows, args.predict, device)
@@ -706,7 +708,7 @@ def main():
     if own and args.labels:
         everyone = len(rows["train"]) + len(rows["val"])
         sizes = {n: everyone if n == "all" else int(n) for n in args.labels}
-        target = min(own, key=lambda name: "LVEF" not in name)
+        target = min(own, key=lambda name: "LVEF" not in name)  # or else the first
         title = f"How many labels it takes{note}"
         figures["labels"] = label_figure(metrics["labels"], sizes, target, title)
     if len(rows["test"]) > 1:

@@ -26,11 +26,12 @@ def info_nce(a, b, temperature):
 
 
 def dual_phase_loss(embeddings, weights=(1, 1, 1), temperature=0.07):
-    """L = sum of w_ab InfoNCE(z_a, z_b) over (ECG, ED), (ECG, ES), (ED, ES); weights sum to 1.
+    """L = sum of w_ab InfoNCE(z_a, z_b) over (ECG, ED), (ECG, ES), (ED, ES).
 
     embeddings: {"ecg", "ed" and/or "es": (B, D) unit vectors}. Pairs with an absent phase are left
-    out. Returns {"total", "ecg_ed", "ecg_es", "ed_es"} for the pairs that are present, unweighted
-    but for the total. Raises ValueError when no present pair has a positive weight.
+    out, and the other weights rescaled to sum to 1. Returns {"total", "ecg_ed", "ecg_es", "ed_es"}
+    in nats for the pairs that are present, unweighted but for the total. Raises ValueError when no
+    present pair has a positive weight.
     """
     present = [
         (f"{a}_{b}", a, b, w)
@@ -65,8 +66,9 @@ class Gather(torch.autograd.Function):
     """Rows of all processes in rank order; backward returns the gradient of one's own rows.
 
     Every process then computes the same full loss. DistributedDataParallel averages gradients over
-    W processes, hence the factor W here: encoder gradients become exact sums, and those of heads,
-    the same everywhere, stay as they are.
+    W processes. An encoder saw only its own rows in each, so that the average would be 1/W of the
+    sum over rows: hence the factor W. Heads have the full gradient in every process, which
+    averaging does not change.
     """
 
     @staticmethod
@@ -88,7 +90,7 @@ def gather(features):
 
 
 def backward(model, encode, stream, pieces, weights, temperature):
-    """Accumulate the gradients of the loss over the global batch; returns its terms, detached.
+    """Accumulate in .grad the gradients of the loss over the global batch; returns its terms.
 
     encode: batch -> features, the model itself or its DistributedDataParallel wrapper. stream gives
     the batch, or this process's part of it, in so many pieces. With more than one, memory is that
@@ -110,7 +112,8 @@ def backward(model, encode, stream, pieces, weights, temperature):
     wanted = {name: gradient.split(sizes) for name, gradient in zip(cached, wanted, strict=True)}
     for k in range(pieces):
         last = k == pieces - 1
-        # Processes meet once, in the last piece, where the heads get their gradient too.
+        # The surrogate's gradient is the loss's at this piece's features. Processes meet once, in
+        # the last piece, where the loss itself is added for the gradients of the heads.
         with nullcontext() if last or encode is model else encode.no_sync():
             features = encode(next(stream))
             surrogate = sum((features[name] * wanted[name][k]).sum() for name in features)

@@ -92,6 +92,8 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = rate
             terms = loss.backward(model, encode, stream, pieces, args.weights, args.temperature)
+            why = "made the loss infinite or NaN; lower it, or raise --temperature"
+            data.require(math.isfinite(terms["total"]), "--lr", why)
             optimizer.step()
             optimizer.zero_grad()
             done["step"] += 1
@@ -111,7 +113,7 @@ def main():
             row["seconds"] = time.time() - epoch_started
             score = row.get("val_total", row["total"])
             improved = score < done["best"]
-            done |= {"log": [*done["log"], row], "best": min(score, done["best"])}
+            done |= {"log": [*done["log"], row], "best": score if improved else done["best"]}
             for name in ["best.pt", "last.pt"] if improved else ["last.pt"]:
                 save(name, args, cohort, model, optimizer, done)
             left = (time.time() - started) / (epoch + 1 - first) * (args.epochs - epoch - 1)
@@ -140,9 +142,7 @@ def parse_arguments():
     add("--warmup-epochs", type=float, default=1, metavar="N", help="linear warm-up (1)")
     add("--temperature", type=float, default=0.07, help="of the softmax over pairs (0.07)")
     names = ("ECG-ED", "ECG-ES", "ED-ES")
-    add(
-        "--weights", type=float, nargs=3, default=[1, 1, 1], metavar=names, help="(1 1 1, to sum 1)"
-    )
+    add("--weights", type=float, nargs=3, default=[1, 1, 1], metavar=names, help="relative (1 1 1)")
     add("--seed", type=int, default=0, help="(0)")
     add("--resume", action="store_true", help="go on where the run in --out was interrupted")
     add("--overwrite", action="store_true", help="replace the run in --out")
@@ -231,7 +231,7 @@ def parameter_groups(model, weight_decay):
 
 
 def learning_rate(args, epoch):
-    """Linear warm-up, then a cosine to zero (Loshchilov 2017); epoch counts its steps as parts."""
+    """Linear warm-up, then a cosine to zero (Loshchilov 2017); epoch 2.5: halfway in the third."""
     if epoch < args.warmup_epochs:
         return args.lr * max(epoch, 0.02) / args.warmup_epochs
     part = (epoch - args.warmup_epochs) / max(args.epochs - args.warmup_epochs, 1e-9)
@@ -240,7 +240,11 @@ def learning_rate(args, epoch):
 
 @torch.no_grad()
 def validate(model, cohort, rows, partner, args, device):
-    """Loss terms and top-1 retrieval in equal parts of at most a batch, without augmentation."""
+    """Loss terms and top-1 retrieval in equal parts of at most a batch, without augmentation.
+
+    Returns {val_total, val_ecg_ed, ... in nats, val_top1_ecg_ed, ..., val_top1_chance in 0..1};
+    nothing with fewer than 2 subjects.
+    """
     if len(rows) < 2:
         return {}
     model.eval()
@@ -272,7 +276,9 @@ def describe(row, args, left):
     text += f"(ln B {math.log(args.batch_size):.2f}) {terms}"
     if "val_total" in row:
         top1 = " ".join(f"{phase} {row[f'val_top1_ecg_{phase}']:.0%}" for phase in args.phases)
-        text += f" | val {row['val_total']:.3f} top-1 {top1} (chance {row['val_top1_chance']:.1%})"
+        chance = row["val_top1_chance"]
+        text += f" | val {row['val_total']:.3f} (chance {-math.log(chance):.2f})"
+        text += f" top-1 {top1} (chance {chance:.1%})"
     return f"{text} | lr {row['lr']:.1e} {row['seconds']:.1f} s, {left:.0f} s left"
 
 
@@ -305,9 +311,10 @@ def leave(args, cohort, model, optimizer, done, chief):
         save("last.pt", args, cohort, model, optimizer, done)
         draw_curves(args, done["log"])
         words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
+        start = "torchrun (as before)" if dist.is_initialized() else "python"
         print(
             f"interrupted after {done['epoch']} epochs and {done['step']} steps, all saved; "
-            f"go on with: python {shlex.join([*words, '--resume'])}",
+            f"go on with: {start} {shlex.join([*words, '--resume'])}",
             file=sys.stderr,
         )
     return 130

@@ -270,6 +270,13 @@ def test_wrong_arguments_get_one_sentence(cohort_folder, refused, tmp_path, wron
     assert not (tmp_path / "run").exists()
 
 
+def test_a_loss_that_is_no_number_ends_the_run(cohort_folder, run_here, monkeypatch):
+    nan = {"total": torch.tensor(math.nan)}
+    monkeypatch.setattr(train.loss, "backward", lambda *arguments: nan)
+    done = run_here(*options(cohort_folder))
+    assert done["code"] == 2 and "--lr" in done["err"] and "Traceback" not in done["err"]
+
+
 def test_cuda_is_refused_where_there_is_none(cohort_folder, refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "cuda" in refused("--data", cohort_folder, "--device", "cuda")
