@@ -32,7 +32,10 @@ import models
 ALPHAS = 10.0 ** np.arange(-1, 5.5, 0.5)
 RATES = (1e-3, 3e-3)  # learning rates among which the supervised opponent chooses
 DIRECTIONS = ("ecg_to_ed", "ecg_to_es", "ed_to_ecg", "es_to_ecg", "ed_to_es")
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")  # Okabe, Ito
+COLORS = (  # safe for colour-blind readers (Okabe, Ito), for nine methods
+    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000"),
+    "#F0E442",
+)
 
 
 # ---------------------------------------------------------------- frozen features
