@@ -91,7 +91,7 @@ class DualPhase(nn.Module):
 
     def __init__(self, phases=("ed", "es"), amp=False):
         super().__init__()
-        self.amp = amp  # bfloat16 inside the encoders only; heads and loss stay in float32
+        self.amp = amp  # bfloat16 inside encoders only; heads and loss stay in float32
         self.encoders = nn.ModuleDict(
             {"ecg": ecg_encoder(), **{name: cmr_encoder() for name in phases}}
         )
@@ -99,11 +99,15 @@ class DualPhase(nn.Module):
 
     def forward(self, batch):
         """Batch of data.read_batch -> features {name: (B, D)} before the heads, never bfloat16."""
-        with torch.autocast(batch["ecg"].device.type, torch.bfloat16, enabled=self.amp):
-            features = {
-                name: encode(batch[name]) for name, encode in self.encoders.items() if name in batch
-            }
-        return {name: x.float() if x.dtype == torch.bfloat16 else x for name, x in features.items()}
+        kind, features = batch["ecg"].device.type, {}
+        for name in (name for name in self.encoders if name in batch):
+            # On CPUs, the bfloat16 3D convolution of torch 2.13 reads memory that nobody wrote: now
+            # and then a gradient of 32 -> 32 channels at (2, 4, 4) is NaN. CMR is float32 there.
+            amp = self.amp and (name == "ecg" or kind != "cpu")
+            with torch.autocast(kind, torch.bfloat16, enabled=amp):
+                x = self.encoders[name](batch[name])
+            features[name] = x.float() if x.dtype == torch.bfloat16 else x
+        return features
 
     def embed(self, features):
         """Features -> unit vectors {name: (B, 128)}."""

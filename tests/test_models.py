@@ -123,6 +123,7 @@ def test_amp_features_are_float32_and_close():
     for name in wanted:
         assert got[name].dtype == torch.float32
         error = (got[name] - wanted[name]).norm() / wanted[name].norm()
-        assert 0 < error < 0.02, name  # bfloat16 keeps 8 bits: not equal, but within some 0.4 %
+        # bfloat16 keeps 8 bits: not equal, but within some 0.4 %. On CPUs, CMR stays in float32.
+        assert 0 < error < 0.02 if name == "ecg" else error == 0, name
     embeddings = amp.train().embed(got)
     assert all(rows.dtype == torch.float32 for rows in embeddings.values())
