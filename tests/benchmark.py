@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -86,22 +87,27 @@ def measured(results):
     epochs, read_ahead = [], data.read_ahead
 
     def timed(load, tasks):
-        started, waited, batches = time.perf_counter(), 0.0, read_ahead(load, tasks)
+        batches, waited, asked = read_ahead(load, tasks), [], []
+        if isinstance(load, partial):  # a pass of training, not of validation
+            epochs.append({"asked": asked, "waited": waited})
         while True:
-            asked = time.perf_counter()
+            asked.append(time.perf_counter())
             batch = next(batches, None)
-            waited += time.perf_counter() - asked
+            waited.append(time.perf_counter() - asked[-1])
             if batch is None:
-                break
+                return
             yield batch
-        epochs.append({"seconds": time.perf_counter() - started, "waited": waited})
 
     data.read_ahead = timed
     code = train.main()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak_mb = peak / (2**20 if platform.system() == "Darwin" else 2**10)
-    trained = epochs[2::2]  # every other pass is validation, and the first epoch only warms up
-    result = {name: statistics.median(e[name] for e in trained) for name in epochs[0]}
+    shares = []
+    for epoch in epochs[1:]:  # the first one warms up; of the last piece no end is known
+        pieces = len(epoch["asked"])
+        seconds = (epoch["asked"][-1] - epoch["asked"][0]) * pieces / (pieces - 1)
+        shares.append({"seconds": seconds, "waited": sum(epoch["waited"])})
+    result = {name: statistics.median(share[name] for share in shares) for name in shares[0]}
     Path(f"{results}.{os.environ.get('RANK', 0)}").write_text(json.dumps(result | {"mb": peak_mb}))
     return code
 
