@@ -464,7 +464,7 @@ def test_both_phases_move_alike_and_are_never_mirrored(monkeypatch):
         area = bright.sum((1, 2, 3, 4)) / 4
         assert (area - 40).abs().max() < 12  # no scaling
         moved = (out["ed"] > 0.5).ne(ed > 0.5).flatten(1).any(1).float().mean()
-        assert 0.2 < moved < 0.6  # four subjects of ten
+        assert 0.02 < moved < 0.35  # one subject of seven
 
 
 def resident_mb():
