@@ -2,7 +2,7 @@
 
 The ECG encoder, trained supervised on ten times more ECGs than the default cohort has, against the
 published ceilings: LVM r 0.79 +- 0.05 (Khurshid 2021), LVEF R2 0.45 to 0.75, RVEF clearly lower.
-The strength of the links in data.simulate_ecg was set by this, before any methods were compared.
+The strength of the links in data.simulate_ecg is set by this, never by what a method reaches.
 """
 
 import sys
