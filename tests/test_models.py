@@ -99,7 +99,7 @@ def test_encoders_share_no_weights():
 
 
 def test_no_batch_statistics_in_any_encoder():
-    """BatchNorm there would spoil the gradient cache and several processes (PITFALLS 12, 16)."""
+    """BatchNorm there would spoil the gradient cache and several processes."""
     model = make_model()
     forbidden = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     found = [type(m).__name__ for m in model.encoders.modules() if isinstance(m, forbidden)]
