@@ -719,11 +719,15 @@ def write_cohort(folder, prepared, columns, grid, spacing_mm, source):
             folder.rename(old)
         aside.rename(folder)
     except OSError as error:
-        why = f"cannot be written ({error.strerror}); check its permissions and the free space"
-        raise InputError(folder, why) from None
+        raise unwritable(folder, error) from None
     finally:
         tidy()
     return {"counts": counts, "warnings": warnings, "rejected": rejected}
+
+
+def unwritable(where, error):
+    why = f"cannot be written ({error.strerror}); check its permissions and the free space"
+    return InputError(where, why)
 
 
 def write_csv(path, columns, rows):
@@ -741,8 +745,7 @@ def write(path, save):
             save(file)
         aside.replace(path)
     except OSError as error:
-        why = f"cannot be written ({error.strerror}); check its permissions and the free space"
-        raise InputError(path, why) from None
+        raise unwritable(path, error) from None
 
 
 def summarize_rejected(rejected):
