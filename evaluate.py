@@ -500,7 +500,9 @@ def scatter(result, cohort, rows, title):
         y, p = cohort["columns"][name][rows["test"]], result["predictions"][name][rows["test"]]
         axis.plot(y, p, ".", ms=3, color=COLORS[0])
         axis.axline((np.nanmean(y), np.nanmean(y)), slope=1, color="black", lw=1)
-        axis.set(xlabel=f"true {label(name)}", ylabel="predicted")
+        ends = [np.nanmin(np.append(y, p)), np.nanmax(np.append(y, p))]
+        axis.set(xlabel=f"true {label(name)}", ylabel=f"predicted {label(name)}")
+        axis.set(xlim=ends, ylim=ends, aspect="equal")
         axis.set_title(f"R² {cell(result['probe'][name], 'r2')}", fontsize=10)
     for axis in axes:
         axis.set_axis_off()

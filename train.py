@@ -114,14 +114,14 @@ def main():
             score = row.get("val_total", row["total"])
             improved = score < done["best"]
             done |= {"log": [*done["log"], row], "best": score if improved else done["best"]}
-            for name in ["best.pt", "last.pt"] if improved else ["last.pt"]:
-                save(name, args, cohort, model, optimizer, done)
+            names = ("best.pt", "last.pt") if improved else ("last.pt",)
+            save(names, args, cohort, model, optimizer, done)
             left = (time.time() - started) / (epoch + 1 - first) * (args.epochs - epoch - 1)
             print(describe(row, args, left), flush=True)
         if epoch + 1 < args.epochs and stop_requested(stop, world):
             return leave(args, cohort, model, optimizer, done, chief)
     if chief:
-        draw_curves(args, done["log"])
+        draw_curves(args, cohort, done["log"])
         print(f"wrote {args.out}; next: python evaluate.py {args.out}")
     return 0
 
@@ -135,9 +135,9 @@ def parse_arguments():
     add("--epochs", type=int, default=12, metavar="N", help="passes over the data (12)")
     add("--out", metavar="DIR", help="run folder (runs/dual, runs/ed or runs/es by --phases)")
     add("--phases", nargs="+", choices=("ed", "es"), default=["ed", "es"], help="(ed es)")
-    add("--batch-size", type=int, metavar="N", help="pairs a step, over all processes (64)")
+    add("--batch-size", type=int, metavar="N", help="pairs a step, over all processes (128)")
     add("--micro-batch", type=int, default=0, metavar="N", help="encode N at a time; saves memory")
-    add("--lr", type=float, default=2e-3, help="peak learning rate (2e-3)")
+    add("--lr", type=float, default=3e-3, help="peak learning rate (3e-3)")
     add("--weight-decay", type=float, default=0.05, help="of weight matrices (0.05)")
     add("--warmup-epochs", type=float, default=1, metavar="N", help="linear warm-up (1)")
     add("--temperature", type=float, default=0.07, help="of the softmax over pairs (0.07)")
@@ -200,8 +200,8 @@ def start_processes(device):
 
 
 def choose_batch_size(wanted, subjects, processes):
-    """The global batch size: --batch-size, or 64 where there are as many training subjects."""
-    size = wanted or min(64, subjects) // processes * processes
+    """The global batch size: --batch-size, or 128 where there are as many training subjects."""
+    size = wanted or min(128, subjects) // processes * processes
     if size < 2:
         raise data.InputError("--data", f"{subjects} training subjects are too few for contrast")
     if size > subjects:
@@ -308,8 +308,8 @@ def stop_requested(stop, world):
 def leave(args, cohort, model, optimizer, done, chief):
     """Save an interrupted run and say how to go on. Returns the exit code."""
     if chief:
-        save("last.pt", args, cohort, model, optimizer, done)
-        draw_curves(args, done["log"])
+        save(["last.pt"], args, cohort, model, optimizer, done)
+        draw_curves(args, cohort, done["log"])
         words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
         start = "torchrun (as before)" if dist.is_initialized() else "python"
         print(
@@ -320,8 +320,8 @@ def leave(args, cohort, model, optimizer, done, chief):
     return 130
 
 
-def save(name, args, cohort, model, optimizer, done):
-    """Write log.csv and a checkpoint."""
+def save(names, args, cohort, model, optimizer, done):
+    """Write log.csv and, under each of the names, the checkpoint."""
     out = Path(args.out)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **done}
     state["args"] = vars(args) | {"data": str(cohort["folder"])}
@@ -331,7 +331,8 @@ def save(name, args, cohort, model, optimizer, done):
         data.write(out / "log.csv", lambda file: write_log(file.name))
     packed = io.BytesIO()  # to a file, torch.save gives no OSError when the disk is full
     torch.save(state, packed)
-    data.write(out / name, lambda file: file.write(packed.getbuffer()))
+    for name in names:
+        data.write(out / name, lambda file: file.write(packed.getbuffer()))
 
 
 def resume(args, cohort, model, optimizer):
@@ -365,24 +366,27 @@ def resume(args, cohort, model, optimizer):
         raise data.InputError(path, reason) from None
 
 
-def draw_curves(args, log):
+def draw_curves(args, cohort, log):
     """curves.png: loss terms beside ln B, and top-1 retrieval beside chance, over epochs."""
     from matplotlib.figure import Figure  # slow to import, needed only here
 
     figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(f"{args.out} ({cohort['source']['kind']} cohort)")
     left, right = figure.subplots(1, 2)
-    for axis, names in (
-        (left, ("total", "ecg_ed", "ecg_es", "ed_es", "val_total")),
-        (right, ("val_top1_ecg_ed", "val_top1_ecg_es", "val_top1_chance")),
-    ):
-        for name in (name for name in names if log and name in log[-1]):
-            style = "--" if name in ("val_total", "val_top1_chance") else "-"
-            epochs, values = zip(*((row["epoch"], row.get(name)) for row in log), strict=True)
-            axis.plot(epochs, values, style, label=name.replace("_", " "))
+    names = {"total": "total", "ecg_ed": "ECG–ED", "ecg_es": "ECG–ES", "ed_es": "ED–ES"}
+    names |= {"val_total": "total, validation"}
+    shares = {"val_top1_ecg_ed": "ECG to ED", "val_top1_ecg_es": "ECG to ES"}
+    shares |= {"val_top1_chance": "chance"}
+    for axis, lines in ((left, names), (right, shares)):
+        for name, text in lines.items():
+            points = [(row["epoch"], row[name]) for row in log if name in row]
+            if points:
+                style = "--" if name in ("val_total", "val_top1_chance") else "-"
+                axis.plot(*zip(*points, strict=True), style, label=text)
         axis.set_xlabel("epoch")
     left.axhline(math.log(args.batch_size), color="gray", lw=1, label="ln B (chance)")
     left.set_ylabel("InfoNCE (nats)")
-    right.set_ylabel("validation top-1 within a batch")
+    right.set_ylabel("validation: own heart first in its batch")
     for axis in (left, right):
         if axis.lines:
             axis.legend(frameon=False)

@@ -187,9 +187,9 @@ def kill_and_resume(seed, whole, cohort, run_forked, folder):
         delay = random.Random(seed).uniform(0, seconds)
         before = KILL_TRAINING.replace("DELAY", f"{delay:.3f}")
     else:
-        # An epoch renames last.pt and log.csv; best.pt and log.csv too where it is the best so far,
+        # An epoch renames log.csv and last.pt, and between them best.pt where it is the best so far,
         # as the first always is; curves.png comes at the end.
-        before = KILL_SAVING.replace("SEED", str(seed)).replace("RENAMES", str(2 * EPOCHS + 3))
+        before = KILL_SAVING.replace("SEED", str(seed)).replace("RENAMES", str(2 * EPOCHS + 2))
     killed = run_forked("train.py", *options(cohort), cwd=folder, before=before)
     assert killed.returncode == -signal.SIGKILL, f"seed {seed}: {killed.stdout}{killed.stderr}"
     assert_whole_files(folder / "run")
