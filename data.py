@@ -96,12 +96,9 @@ def read_ecg(path):
 
 
 def require_file(path):
-    try:
-        found = "a folder" if Path(path).is_dir() else "a file" if Path(path).is_file() else ""
-    except (OSError, ValueError):  # a name too long for the system, or with a zero byte in it
-        found = ""
-    require(found, path, "does not exist; correct the path")
-    require(found == "a file", path, "is a folder; name the file in it")
+    folder = os.path.isdir(path)
+    require(folder or os.path.isfile(path), path, "does not exist; correct the path")
+    require(not folder, path, "is a folder; name the file in it")
 
 
 def require_ecg_size(path):
@@ -381,9 +378,8 @@ def read_phases(row):
         if stack["affine"] is not None and other["affine"] is not None:
             if not (alike and np.allclose(stack["affine"], other["affine"], atol=0.1)):
                 to_es = np.linalg.inv(other["affine"]) @ stack["affine"]  # ED voxel -> ES voxel
-                turn, shift = to_es[:3, :3], to_es[:3, 3]  # mode: "constant" blackens edge slices
-                how = {"order": 1, "mode": "grid-constant"}
-                es = ndimage.affine_transform(es, turn, shift, ed.shape, **how)
+                how = {"output_shape": ed.shape, "order": 1, "mode": "grid-constant"}
+                es = ndimage.affine_transform(es, to_es[:3], **how)  # "constant": black edges
         else:
             differs = f"its grid {es.shape} is not ED's {ed.shape} and no affines place both"
             require(alike, path, f"{differs}; resample one onto the other")
@@ -399,11 +395,10 @@ def read_phases(row):
         order = labels if placed else stack
         mask = read_voxels({**labels, "axes": order["axes"], "flips": order["flips"]}) > 0
         require(mask.any(), row["mask"], "labels no voxel; empty the cell or segment the heart")
-    spacing = stack["spacing_mm"]
-    if not (4 <= spacing[0] <= 15 and 0.5 <= spacing[1] <= 4 and 0.5 <= spacing[2] <= 4):
+    mm = stack["spacing_mm"]
+    if not (4 <= mm[0] <= 15 and 0.5 <= mm[1] <= 4 and 0.5 <= mm[2] <= 4):
         warnings.append("voxel spacing is unusual (expected 4-15 mm of slices, 0.5-4 mm in plane)")
-    found = {"ed": ed, "es": es, "mask": mask}
-    return {**found, "spacing_mm": spacing, "warnings": warnings, "path": path}
+    return {"ed": ed, "es": es, "mask": mask, "spacing_mm": mm, "warnings": warnings, "path": path}
 
 
 def motion_box(ed, es, spacing_mm):
@@ -529,9 +524,9 @@ def read_table(path, required):
     except csv.Error as error:
         raise InputError(path, f"line {lines.line_num} is not CSV ({error}); correct it") from None
     columns = rows[0][1] if rows else []
-    missing, own = ", ".join(set(required) - set(columns)), [*columns, "line", "wrong"]
+    missing, own = [name for name in required if name not in columns], [*columns, "line", "wrong"]
     header = f"its header is {','.join(columns)[:200] or 'empty'}"
-    require(not missing, path, f"has no column {missing}; {header}")
+    require(not missing, path, f"has no column {', '.join(missing)}; {header}")
     twice = f"names a column twice, or 'line' or 'wrong', which are taken; {header}"
     require(len(set(own)) == len(own), path, twice)
     require(len(rows) > 1, path, "has a header but no rows; add one row a subject")
@@ -550,7 +545,7 @@ def read_table(path, required):
 
 
 def number(text):
-    """Text -> float; nan for an empty cell and None for text that is no finite number."""
+    """Text -> float; nan for an empty cell or "nan", and None for text that is no finite number."""
     try:
         value = float(text) if text else np.nan
     except ValueError:
@@ -559,7 +554,7 @@ def number(text):
 
 
 def read_manifest(path):
-    """Read and check a manifest: dict(path, rows, columns (those kept), ignored (text columns))."""
+    """Read and check a manifest: dict(rows, columns (those kept), ignored (text columns))."""
     rows = read_table(path, ("id", "ecg"))
     files = [name for name in FILES if name in rows[0]]
     cmr = {"ed", "es"} <= set(files) or "cine" in files
@@ -608,9 +603,8 @@ def prepare_row(row, manifest, mains_hz=50, grid=GRID, spacing_mm=SPACING_MM):
     except Exception as error:  # a file that breaks a reader must not stop the other 34,000
         why = f"cannot be read ({type(error).__name__}: {error}); check the row's files"
         return {"id": row["id"], "file": row["ecg"], "reason": printable(why)}
-    warnings = [*ecg["warnings"], *heart["warnings"], *implausible(row)]
-    arrays = {"ecg": ecg["ecg"], "ed": heart["ed"], "es": heart["es"]}
-    return {"row": row, **arrays, "warnings": warnings}
+    told = [*ecg["warnings"], *heart["warnings"], *implausible(row)]
+    return {"row": row, "ecg": ecg["ecg"], "ed": heart["ed"], "es": heart["es"], "warnings": told}
 
 
 PLAUSIBLE = {"age": (16, 110), "bmi": (12, 70), "LVEF_pct": (5, 90), "RVEF_pct": (5, 90)}
@@ -711,9 +705,8 @@ def write_cohort(folder, prepared, columns, grid, spacing_mm, source):
         counts["rejected"] = len(rejected)
         write_csv(aside / "subjects.csv", ["id", "split", *columns], rows)
         write_csv(aside / "rejected.csv", ["id", "file", "reason"], rejected)
-        geometry = {"grid": list(grid), "spacing_mm": list(spacing_mm)}
-        ecg = {"sampling_rate_hz": SAMPLING_RATE_HZ, "leads": LEADS}
-        about = {"format_version": FORMAT_VERSION, **geometry, **ecg, "source": source}
+        about = {"format_version": FORMAT_VERSION, "grid": grid, "spacing_mm": spacing_mm}
+        about |= {"sampling_rate_hz": SAMPLING_RATE_HZ, "leads": LEADS, "source": source}
         (aside / "cohort.json").write_text(json.dumps({**about, "counts": counts}, indent=1))
         if folder.exists():
             folder.rename(old)
@@ -803,14 +796,8 @@ def open_cohort(folder):
     kinds["outcomes"] = [name for name in targets if values[name] <= {0.0, 1.0}]
     digest = hashlib.sha256(text + table_path.read_bytes()).hexdigest()[:16]
     about = {"grid": grid, "spacing_mm": spacing_mm, "source": source, "fingerprint": digest}
-    return {
-        "folder": folder,
-        "ids": ids.tolist(),
-        "split": split,
-        "columns": columns,
-        **kinds,
-        **about,
-    }
+    table = {"ids": ids.tolist(), "split": split, "columns": columns}
+    return {"folder": folder, **table, **kinds, **about}
 
 
 def find_cohort(data=None):
@@ -902,7 +889,7 @@ def augment(batch, rows, seed, epoch):
     are changed in place.
     """
     ecg = batch["ecg"]
-    count, leads, samples = ecg.shape
+    _, leads, samples = ecg.shape
     draws = np.stack([np.random.default_rng([seed, epoch, int(row)]).random(64) for row in rows])
     draws = torch.from_numpy(draws.astype(np.float32)).to(ecg.device)  # (B, 64) in 0..1
     column = iter(range(64))
@@ -1073,8 +1060,8 @@ def phantom(heart, rng):
     descends; the RV is a crescent on the septal side. Fractions add up to the stated volumes.
     """
     normal, (mm_z, mm, _) = rng.standard_normal, STACK_MM
-    length = 94 * (heart["LVEDV_ml"] / 140) ** (1 / 3) * np.exp(0.05 * normal())  # base to apex, mm
-    length = min(length, 106)
+    length = 94 * (heart["LVEDV_ml"] / 140) ** (1 / 3) * np.exp(0.05 * normal())
+    length = min(length, 106)  # base to apex, mm
     first_base = 56 - length / 2 + np.clip(normal(), -2, 2)  # mm below the top of the stack
     tilt, jitter = np.array([heart["tilt"], 0.05 * normal()]), 1.0 * normal((STACK[0], 2))
     shift = np.array([0, 16]) + 4 * normal(2)
@@ -1263,11 +1250,8 @@ def prepare(manifest, folder, workers=None, mains_hz=50, grid=GRID, spacing_mm=S
     """
     table = read_manifest(manifest)
     how = {"mains_hz": mains_hz, "grid": grid, "spacing_mm": spacing_mm}
-    task, what = (
-        partial(prepare_row, manifest=manifest, **how),
-        "preparing" if folder else "checking",
-    )
-    prepared = in_parallel(task, table["rows"], workers, what)
+    task = partial(prepare_row, manifest=manifest, **how)
+    prepared = in_parallel(task, table["rows"], workers, "preparing" if folder else "checking")
     if folder:
         source = {"kind": "manifest", "manifest": str(manifest), "mains_hz": mains_hz}
         result = write_cohort(folder, prepared, table["columns"], grid, spacing_mm, source)
@@ -1277,22 +1261,21 @@ def prepare(manifest, folder, workers=None, mains_hz=50, grid=GRID, spacing_mm=S
             result["rejected"] += [subject] if "reason" in subject else []
             result["counts"].update([subject["row"]["split"]] if "row" in subject else [])
             result["warnings"].update(subject.get("warnings", []))
+    lines = report(result["rejected"], result["warnings"])
+    empty = ", ".join(name for name in SPLITS if not result["counts"][name])
+    lines += [f"warning: no subject is left for {empty}; see the column split"] if empty else []
+    lines += [f"column {name} holds no numbers and is ignored" for name in table["ignored"]]
+    print("\n".join(lines) or "nothing to report")
     bad, count = len(result["rejected"]), len(table["rows"])
-    print(report(result, table["ignored"]) or "nothing to report")
     print(f"{folder or manifest}: {count - bad} of {count} rows are usable")
     return bad
 
 
-def report(result, ignored):
-    """What write_cohort returns -> text: each bad row, reasons grouped, what is suspicious."""
-    bad_rows, counts = result["rejected"], result["counts"]
-    lines = [f"rejected {printable(b['id'])}: {b['file']}: {b['reason']}" for b in bad_rows]
-    lines += [f"reasons: {summarize_rejected(bad_rows)}"] if len(lines) > 1 else []
-    lines += [f"warning: {text} ({n} subjects)" for text, n in result["warnings"].most_common()]
-    empty = ", ".join(name for name in SPLITS if not counts[name])
-    lines += [f"warning: no subject is left for {empty}; see the column split"] if empty else []
-    lines += [f"column {name} holds no numbers and is ignored" for name in ignored]
-    return "\n".join(lines)
+def report(rejected, warnings):
+    """Lines that name each bad row, group the reasons, and tell what is suspicious."""
+    lines = [f"rejected {printable(b['id'])}: {b['file']}: {b['reason']}" for b in rejected]
+    lines += [f"reasons: {summarize_rejected(rejected)}"] if len(lines) > 1 else []
+    return lines + [f"warning: {text} ({n} subjects)" for text, n in warnings.most_common()]
 
 
 def synthesize(folder, subjects, seed=0, workers=None, grid=GRID, spacing_mm=SPACING_MM):
@@ -1339,15 +1322,14 @@ def show(cohort, subject, out):
 
 def exit_cleanly(main):
     """Run a command: one sentence and exit code 2 for the user's mistakes, 130 when interrupted."""
+    code = 2
     try:
         code = main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
     except OSError as error:
         why = f"{error.strerror or error}; check the path, its permissions and the free space"
         print(f"error: {error.filename or 'output'}: {why}", file=sys.stderr)
-        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -32,10 +32,8 @@ import models
 ALPHAS = 10.0 ** np.arange(-1, 5.5, 0.5)
 RATES = (1e-3, 3e-3)  # learning rates among which the supervised opponent chooses
 DIRECTIONS = ("ecg_to_ed", "ecg_to_es", "ed_to_ecg", "es_to_ecg", "ed_to_es")
-COLORS = (  # safe for colour-blind readers (Okabe, Ito), for nine methods
-    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000"),
-    "#F0E442",
-)
+# Safe for colour-blind readers (Okabe, Ito), for nine methods.
+COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #999999 #000000 #F0E442".split()
 
 
 # ---------------------------------------------------------------- frozen features
@@ -62,19 +60,16 @@ def load_run(folder):
 def choose_cohort(path, runs):
     """The cohort to evaluate on; one that has another grid than a run was trained on is refused."""
     wanted = path or runs[0]["args"]["data"]
-    if not path and not Path(wanted).exists():
-        text = f"was trained on {wanted}, which is not here; name a cohort with --data"
-        raise data.InputError(runs[0]["folder"], text)
+    lost = f"was trained on {wanted}, which is not here; name a cohort with --data"
+    data.require(path or Path(wanted).exists(), runs[0]["folder"], lost)
     cohort = data.find_cohort(wanted)
     for run in runs:
         grid, own = [*(run["grid"] or cohort["grid"])], [*cohort["grid"]]
-        if grid != own:
-            text = f"has a grid of {own} voxels but {run['folder']} was trained on {grid}"
-            raise data.InputError(cohort["folder"], f"{text}; prepare it with --grid")
+        other = f"has a grid of {own} voxels but {run['folder']} was trained on {grid}"
+        data.require(grid == own, cohort["folder"], f"{other}; prepare it with --grid")
         if run["cohort"] != cohort["fingerprint"]:
-            tell(
-                f"{run['folder']} was trained on another cohort ({run['args']['data']}) or an older"
-            )
+            former = run["args"]["data"]
+            tell(f"{run['folder']} was trained on another cohort ({former}) or an older")
             tell(f"state of it; its training subjects may be test subjects of {cohort['folder']}")
     return cohort
 
@@ -290,14 +285,14 @@ def retrieval(embeddings, rows):
 # ---------------------------------------------------------------- supervised opponent, few labels
 
 
-def train_supervised(cohort, train, val, device, seed, rates=RATES):
+def train_supervised(cohort, rows, device, seed, rates=RATES):
     """The same ECG encoder trained from scratch on the labels: a fair opponent of the frozen one.
 
     One linear output per target on standardised values (cross-entropy for outcomes), all targets at
     once, the augmentation of train.py; learning rate and epoch by validation loss. Its outputs, for
     which it was trained, are then probed like features. Returns dict(outputs (N, targets), rate).
     """
-    targets = cohort["phenotypes"] + cohort["outcomes"]
+    targets, train, val = cohort["phenotypes"] + cohort["outcomes"], rows["train"], rows["val"]
     y = np.stack([cohort["columns"][name] for name in targets], 1)
     binary = np.array([name in cohort["outcomes"] for name in targets])
     known = np.ma.masked_invalid(y[train])
@@ -364,8 +359,7 @@ def label_curve(encoders, cohort, rows, counts, device, seed):
                 chosen = rows | draw_labels(rows["train"], int(count), [seed, int(count), draw])
             if count != "all" and features.pop("supervised", None) is not None and draw < 3:
                 tell(f"supervised on {count} labels, draw {draw + 1} of 3")
-                split = chosen["train"], chosen["val"]
-                best = train_supervised(cohort, *split, device, seed + draw, rates)
+                best = train_supervised(cohort, chosen, device, seed + draw, rates)
                 features["supervised"] = best["outputs"]
                 rates = (best["rate"],)  # chosen on the first draw
             for method, x in features.items():
@@ -397,20 +391,17 @@ def predict(run, cohort, rows, table, device):
                 raise data.InputError(path, row.get("wrong", "is no file; correct the path"))
             ecg = data.read_clean_ecg(path, cohort["source"].get("mains_hz", 50))
         except Exception as error:  # one file that breaks a reader must not stop the others
-            told = {"file": getattr(error, "where", path), "reason": getattr(error, "why", error)}
-            rejected.append({"id": row.get("id", ""), **told})
+            why = data.printable(getattr(error, "why", error))
+            file = getattr(error, "where", path)
+            rejected.append({"id": row["id"], "file": file, "reason": why})
             continue
         doubts.update(ecg["warnings"])
         batch = {"ecg": torch.from_numpy(ecg["ecg"][None] / np.float32(1000)).to(device)}
         with torch.no_grad():
             new.append(run["model"](batch)["ecg"].cpu().numpy())
         ids.append(row["id"])
-    for bad in rejected:
-        print(f"rejected {bad['id']}: {bad['file']}: {bad['reason']}", file=sys.stderr)
-    if len(rejected) > 1:
-        print(f"reasons: {data.summarize_rejected(rejected)}", file=sys.stderr)
-    for text, count in doubts.most_common():
-        print(f"warning: {text} ({count} subjects)", file=sys.stderr)
+    for line in data.report(rejected, doubts):
+        print(line, file=sys.stderr)
     if not new:
         raise data.InputError(table, "names no readable ECG; the reasons stand above")
     x, columns = standardise(np.concatenate([known, *new]), rows["train"]), {"id": ids}
@@ -559,25 +550,22 @@ def table_text(metrics, cohort, rows, first):
     tables = {name: t | metrics["groups"][name] for name, t in (probes | latents).items()}
     names = [name for group in grouped for name in [*grouped[group], group] if grouped[group]]
     for title, key in (("r", "pearson"), ("MAE", "mae")):
-        values = {name: {"r2": m[key]} for name, m in probes[first].items()}
-        tables[f"{title} ({first})"] = values
+        tables[f"{title} ({first})"] = {name: {"r2": m[key]} for name, m in probes[first].items()}
     splits = ", ".join(f"{len(r)} {name}" for name, r in rows.items())
     kind = cohort["source"]["kind"].capitalize()
     lines = [f"{kind} cohort ({splits} subjects). R² on test, against the training mean, with 95 %"]
     lines += ["intervals; structural, functional: mean of the group; MAE in the phenotype's unit."]
     lines += markdown("R²", {k: tables[k] for k in tables if k not in latents}, names, "r2")
-    for title, key, form, shown in (
-        ("minus", "paired", "+.2f", probes[first]),
-        ("relative to", "relative", "+.1%", grouped),
+    for title, key, score, form, shown in (
+        ("minus", "paired", "delta_r2", "+.2f", probes[first]),
+        ("relative to", "relative", "relative", "+.1%", grouped),
     ):
         others = {pair.removeprefix(f"{first}-"): t for pair, t in metrics[key].items()}
         others.pop("mean")
-        score = "delta_r2" if key == "paired" else key
         lines += markdown(f"R² of {first} {title}", others, shown, score, form)
     lines += markdown("R² from latents", {k: tables[k] for k in (first, *latents)}, names, "r2")
     if outcomes:
-        tables = {name: run["outcomes"] for name, run in runs.items()}
-        tables |= metrics["baseline_outcomes"]
+        tables = {n: run["outcomes"] for n, run in runs.items()} | metrics["baseline_outcomes"]
         lines += markdown("AUROC", tables, outcomes, "auroc")
         tables["prevalence"] = {n: {"auprc": m["prevalence"]} for n, m in tables[first].items()}
         lines += markdown("AUPRC", tables, outcomes, "auprc")
@@ -616,20 +604,19 @@ def parse_arguments():
     return args
 
 
-def make_baselines(cohort, rows, ecg, first, supervised, device, seed):
-    """What a run has to beat: {name: features (N, D)}; ecg: features of the first run."""
+def make_baselines(args, cohort, rows, ecg, first, device):
+    """What stands beside the runs: {name: features (N, D)}; ecg: features of the first run."""
     baselines = {"mean": np.zeros((len(cohort["ids"]), 1))}
     if cohort["covariates"]:
         x = np.stack([cohort["columns"][name] for name in cohort["covariates"]], 1)
         average = np.ma.masked_invalid(x[rows["train"]]).mean(0).filled(0)
         x = baselines["covariates"] = np.where(np.isnan(x), average, x)
         baselines[f"covariates+{first}"] = np.hstack([x, ecg])
-    torch.manual_seed(seed)
+    torch.manual_seed(args.seed)
     baselines["random_encoder"] = extract(models.DualPhase(()), cohort, device)[0]["ecg"]
-    if supervised:
+    if args.supervised:
         tell("supervised on all labels")
-        best = train_supervised(cohort, rows["train"], rows["val"], device, seed)
-        baselines["supervised"] = best["outputs"]
+        baselines["supervised"] = train_supervised(cohort, rows, device, args.seed)["outputs"]
     return baselines
 
 
@@ -637,20 +624,16 @@ def main():
     args = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = {run["name"]: run for run in map(load_run, args.runs)}
-    if len(runs) < len(args.runs) or {*runs} & {
-        "mean",
-        "covariates",
-        "random_encoder",
-        "supervised",
-    }:
-        raise data.InputError("RUN", "two folders, or one and a baseline, share a name; rename one")
+    taken = {"mean", "covariates", "random_encoder", "supervised"}
+    unique = len({*runs} - taken) == len(args.runs)
+    data.require(unique, "RUN", "two folders, or one and a baseline, share a name; rename one")
     cohort, first = choose_cohort(args.data, list(runs.values())), next(iter(runs))
     rows = {name: np.flatnonzero(cohort["split"] == name) for name in ("train", "val", "test")}
     if args.predict:
         predict(runs[first], cohort, rows, args.predict, device)
         return 0
     for count in args.labels:
-        if count != "all" and not (count.isdigit() and 20 <= int(count) <= len(rows["train"])):
+        if count != "all" and not (count.isdecimal() and 20 <= int(count) <= len(rows["train"])):
             text = f"{count} is neither all nor a number from 20 to the {len(rows['train'])}"
             raise data.InputError("--labels", f"{text} training subjects")
     targets = cohort["phenotypes"] + cohort["outcomes"]
@@ -675,15 +658,13 @@ def main():
             features["ed+es"] = np.hstack([*features.values()])
         latents = {key: test(x, outcomes=False) for key, x in features.items()}
         metrics["groups"] |= {f"{name}.{key}": found["groups"] for key, found in latents.items()}
-        metrics["runs"][name] = {key: results[name][key] for key in ("probe", "outcomes")}
-        metrics["runs"][name]["retrieval"] = retrieval(embeddings[name], rows["test"])
-        latents = {key: found["probe"] for key, found in latents.items()}
-        metrics["runs"][name]["latents"] = latents
-    for target in set(targets) - set(results[first]["samples"]):
+        about = metrics["runs"][name] = {key: results[name][key] for key in ("probe", "outcomes")}
+        about["retrieval"] = retrieval(embeddings[name], rows["test"])
+        about["latents"] = {key: found["probe"] for key, found in latents.items()}
+    for target in (name for name in targets if name not in results[first]["samples"]):
         tell(f"{target}: left out, as train or test knows too few labels or only one value")
 
-    wanted = args.supervised, device, args.seed
-    baselines = make_baselines(cohort, rows, encoders[first], first, *wanted)
+    baselines = make_baselines(args, cohort, rows, encoders[first], first, device)
     for name, x in baselines.items():
         results[name], arrays[name] = test(x), x
         metrics["baselines"][name] = results[name]["probe"]

@@ -33,18 +33,14 @@ def dual_phase_loss(embeddings, weights=(1, 1, 1), temperature=0.07):
     in nats for the pairs that are present, unweighted but for the total. Raises ValueError when no
     present pair has a positive weight.
     """
-    present = [
-        (f"{a}_{b}", a, b, w)
-        for (a, b), w in zip(PAIRS, weights, strict=True)
-        if a in embeddings and b in embeddings
-    ]
-    scale = sum(w for *_, w in present)
+    pairs = {pair: w for pair, w in zip(PAIRS, weights, strict=True) if {*pair} <= {*embeddings}}
+    scale = sum(pairs.values())
+    rule = "weights must not be negative, and at least one pair present needs a positive one"
     if not scale > 0 or min(weights) < 0:
-        raise ValueError(
-            "weights must not be negative, and at least one pair present needs a positive one"
-        )
-    terms = {name: info_nce(embeddings[a], embeddings[b], temperature) for name, a, b, _ in present}
-    return {"total": sum(w / scale * terms[name] for name, *_, w in present), **terms}
+        raise ValueError(rule)
+    terms = {f"{a}_{b}": info_nce(embeddings[a], embeddings[b], temperature) for a, b in pairs}
+    total = sum(w / scale * term for w, term in zip(pairs.values(), terms.values(), strict=True))
+    return {"total": total, **terms}
 
 
 @torch.no_grad()

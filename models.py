@@ -46,9 +46,8 @@ class ResNet(nn.Module):
     def __init__(self, dim, channels, patch, widths, kernel):
         super().__init__()
         self.stem = CONV[dim](channels, widths[0], patch, stride=patch)
-        self.stages = nn.Sequential(
-            *(Block(dim, a, b, kernel) for a, b in zip(widths, widths[1:], strict=False))
-        )
+        blocks = [Block(dim, a, b, kernel) for a, b in zip(widths, widths[1:], strict=False)]
+        self.stages = nn.Sequential(*blocks)
 
     def forward(self, x):
         x = F.silu(self.stem(x))  # (B, W0, *size / patch)
@@ -92,9 +91,8 @@ class DualPhase(nn.Module):
     def __init__(self, phases=("ed", "es"), amp=False):
         super().__init__()
         self.amp = amp  # bfloat16 inside encoders only; heads and loss stay in float32
-        self.encoders = nn.ModuleDict(
-            {"ecg": ecg_encoder(), **{name: cmr_encoder() for name in phases}}
-        )
+        encoders = {"ecg": ecg_encoder(), **{name: cmr_encoder() for name in phases}}
+        self.encoders = nn.ModuleDict(encoders)
         self.heads = nn.ModuleDict({name: Head() for name in self.encoders})
 
     def forward(self, batch):

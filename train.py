@@ -73,10 +73,9 @@ def main():
         return data.augment(batch, subjects, args.seed, epoch)
 
     if chief:
-        print(
-            f"{cohort['folder']}: {len(rows['train'])} training, {len(rows['val'])} validation "
-            f"subjects; {steps} steps of {args.batch_size} pairs an epoch on {device.type}"
-        )
+        counts = f"{len(rows['train'])} training, {len(rows['val'])} validation subjects"
+        work = f"{steps} steps of {args.batch_size} pairs an epoch on {device.type}"
+        print(f"{cohort['folder']}: {counts}; {work}")
 
     started, first = time.time(), done["epoch"]
     for epoch in range(done["epoch"], args.epochs):
@@ -127,9 +126,8 @@ def main():
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--data", metavar="PATH", help="manifest or cohort folder (default: 3000 synthetic hearts)")
     add("--epochs", type=int, default=12, metavar="N", help="passes over the data (12)")
@@ -175,14 +173,12 @@ def parse_arguments():
         (args.limit is None or args.limit >= 2, "limit", "must be at least 2"),
         (available.get(args.device, True), "device", f"{args.device} is not available here"),
     ):
-        if not fine:
-            raise data.InputError(f"--{name}", rule)
-    if any(
-        path.exists() and not path.is_dir() for path in (Path(args.out), *Path(args.out).parents)
-    ):
-        raise data.InputError(args.out, "passes through a file; name a folder")
-    if (Path(args.out) / "last.pt").exists() and not (args.resume or args.overwrite):
-        raise data.InputError(args.out, "holds a run; add --resume or --overwrite, or give --out")
+        data.require(fine, f"--{name}", rule)
+    out = Path(args.out)
+    clear = all(path.is_dir() or not path.exists() for path in (out, *out.parents))
+    data.require(clear, args.out, "passes through a file; name a folder")
+    free = args.resume or args.overwrite or not (out / "last.pt").exists()
+    data.require(free, args.out, "holds a run; add --resume or --overwrite, or give --out")
     return args
 
 
@@ -202,12 +198,12 @@ def start_processes(device):
 def choose_batch_size(wanted, subjects, processes):
     """The global batch size: --batch-size, or 128 where there are as many training subjects."""
     size = wanted or min(128, subjects) // processes * processes
-    if size < 2:
-        raise data.InputError("--data", f"{subjects} training subjects are too few for contrast")
-    if size > subjects:
-        raise data.InputError("--batch-size", f"{size} exceeds the {subjects} training subjects")
-    if size % processes:
-        raise data.InputError("--batch-size", f"{size} is no multiple of {processes} processes")
+    few = f"{subjects} training subjects are too few for contrast"
+    data.require(size >= 2, "--data", few)
+    many = f"{size} exceeds the {subjects} training subjects"
+    data.require(size <= subjects, "--batch-size", many)
+    uneven = f"{size} is no multiple of {processes} processes"
+    data.require(size % processes == 0, "--batch-size", uneven)
     return size
 
 
@@ -222,20 +218,17 @@ def ecg_partners(split, seed, shuffle):
 
 def parameter_groups(model, weight_decay):
     """Decay matrices and kernels, but neither norms nor biases."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    matrices = {"params": [p for p in model.parameters() if p.ndim > 1]}
+    vectors = {"params": [p for p in model.parameters() if p.ndim <= 1]}
+    return [matrices | {"weight_decay": weight_decay}, vectors | {"weight_decay": 0.0}]
 
 
 def learning_rate(args, epoch):
     """Linear warm-up, then a cosine to zero (Loshchilov 2017); epoch 2.5: halfway in the third."""
     if epoch < args.warmup_epochs:
-        return args.lr * max(epoch, 0.02) / args.warmup_epochs
-    part = (epoch - args.warmup_epochs) / max(args.epochs - args.warmup_epochs, 1e-9)
-    return args.lr * (1 + math.cos(math.pi * min(part, 1))) / 2
+        return args.lr * min(max(epoch, 0.02) / args.warmup_epochs, 1)
+    part = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    return args.lr * (1 + math.cos(math.pi * part)) / 2
 
 
 @torch.no_grad()
@@ -312,11 +305,8 @@ def leave(args, cohort, model, optimizer, done, chief):
         draw_curves(args, cohort, done["log"])
         words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
         start = "torchrun (as before)" if dist.is_initialized() else "python"
-        print(
-            f"interrupted after {done['epoch']} epochs and {done['step']} steps, all saved; "
-            f"go on with: {start} {shlex.join([*words, '--resume'])}",
-            file=sys.stderr,
-        )
+        text = f"interrupted after {done['epoch']} epochs and {done['step']} steps, all saved"
+        print(f"{text}; go on with: {start} {shlex.join([*words, '--resume'])}", file=sys.stderr)
     return 130
 
 
@@ -326,9 +316,8 @@ def save(names, args, cohort, model, optimizer, done):
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **done}
     state["args"] = vars(args) | {"data": str(cohort["folder"])}
     state["cohort"], state["grid"] = cohort["fingerprint"], list(cohort["grid"])
-    if done["log"]:
-        write_log = partial(data.write_csv, columns=done["log"][-1], rows=done["log"])
-        data.write(out / "log.csv", lambda file: write_log(file.name))
+    if log := done["log"]:
+        data.write(out / "log.csv", lambda file: data.write_csv(file.name, log[-1], log))
     packed = io.BytesIO()  # to a file, torch.save gives no OSError when the disk is full
     torch.save(state, packed)
     for name in names:
@@ -351,11 +340,10 @@ def resume(args, cohort, model, optimizer):
             if name not in free and value != saved["args"].get(name)
         ]
         if saved["cohort"] != cohort["fingerprint"]:
-            differing.append(
-                f"--data was {saved['args']['data']}, is {cohort['folder']} or changed"
-            )
-        if differing:
-            raise data.InputError("--resume", "; ".join(differing) + "; repeat the run's arguments")
+            former = saved["args"]["data"]
+            differing.append(f"--data was {former}, is {cohort['folder']} or changed")
+        text = "; ".join(differing) + "; repeat the run's arguments"
+        data.require(not differing, "--resume", text)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         return {name: saved[name] for name in ("epoch", "step", "sums", "log", "best")}
@@ -379,8 +367,7 @@ def draw_curves(args, cohort, log):
     shares |= {"val_top1_chance": "chance"}
     for axis, lines in ((left, names), (right, shares)):
         for name, text in lines.items():
-            points = [(row["epoch"], row[name]) for row in log if name in row]
-            if points:
+            if points := [(row["epoch"], row[name]) for row in log if name in row]:
                 style = "--" if name in ("val_total", "val_top1_chance") else "-"
                 axis.plot(*zip(*points, strict=True), style, label=text)
         axis.set_xlabel("epoch")

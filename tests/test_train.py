@@ -187,8 +187,8 @@ def kill_and_resume(seed, whole, cohort, run_forked, folder):
         delay = random.Random(seed).uniform(0, seconds)
         before = KILL_TRAINING.replace("DELAY", f"{delay:.3f}")
     else:
-        # An epoch renames log.csv and last.pt, and between them best.pt where it is the best so far,
-        # as the first always is; curves.png comes at the end.
+        # An epoch renames log.csv, best.pt where it is the best so far, and last.pt
+        # (the first epoch always is the best); curves.png comes at the end.
         before = KILL_SAVING.replace("SEED", str(seed)).replace("RENAMES", str(2 * EPOCHS + 2))
     killed = run_forked("train.py", *options(cohort), cwd=folder, before=before)
     assert killed.returncode == -signal.SIGKILL, f"seed {seed}: {killed.stdout}{killed.stderr}"
@@ -300,7 +300,7 @@ def test_a_folder_with_a_run_is_refused(run_copy, whole, cohort_folder, refused)
 
 
 @pytest.mark.parametrize("changed, named", [
-    (["--lr", 1e-3], "--lr was 0.002"), (["--seed", 1], "--seed was 0"),
+    (["--lr", 1e-3], "--lr was 0.003"), (["--seed", 1], "--seed was 0"),
     (["--batch-size", 9], "--batch-size was 8"), (["--epochs", 5], "--epochs was 4"),
     (["--weights", 1, 1, 0], "--weights was"), (["--phases", "ed"], "--phases was"),
     (["--shuffle-pairs"], "--shuffle-pairs was False"), (["--amp"], "--amp was False"),
