@@ -882,11 +882,9 @@ def augment(batch, rows, seed, epoch):
     Draws depend on (seed, epoch, subject) only; rows (B,): the subjects' rows in the cohort.
 
     ECG: time shift, gain +-10 %, noise, baseline wander, lead dropout. CMR, where the batch has it:
-    gain, offset, noise and, for one subject of seven, a shift and an in-plane turn; what lies more
-    than 48 to 91 mm from the middle of the default box is hidden, or ECGs would be matched with
-    chest walls rather than hearts. Geometry is one draw for both phases, without mirror (the right
-    ventricle has a side) and without scaling (size is the phenotype). The CMR tensors of `batch`
-    are changed in place.
+    gain, offset, noise and, for one subject of seven, a shift and an in-plane turn. Geometry is one
+    draw for both phases, without mirror (the right ventricle has a side) and without scaling (size
+    is the phenotype). The CMR tensors of `batch` are changed in place.
     """
     ecg = batch["ecg"]
     _, leads, samples = ecg.shape
@@ -925,15 +923,12 @@ def augment(batch, rows, seed, epoch):
     if len(moved):
         places = F.affine_grid(turn, (len(moved), 1, height, width), align_corners=False)
     gain, offset = uniform(0.85, 1.15)[..., None, None], uniform(-0.05, 0.05)[..., None, None]
-    y, x = (torch.linspace(-1, 1, n, device=ecg.device) for n in (height, width))
-    seen = torch.hypot(y[:, None], x) < uniform(0.5, 0.95)[..., None]  # (B, Y, X)
     for phase in ("ed", "es"):
         volume = batch[phase][:, 0]  # (B, Z, Y, X), slices as channels of a 2D image
         if len(moved):
             volume[moved] = F.grid_sample(volume[moved], places, align_corners=False)
         volume.mul_(gain).add_(offset)
         add_noise(volume, 0.04)
-        volume.mul_(seen[:, None])
     return {**batch, "ecg": ecg}
 
 

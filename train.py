@@ -133,9 +133,9 @@ def parse_arguments():
     add("--epochs", type=int, default=12, metavar="N", help="passes over the data (12)")
     add("--out", metavar="DIR", help="run folder (runs/dual, runs/ed or runs/es by --phases)")
     add("--phases", nargs="+", choices=("ed", "es"), default=["ed", "es"], help="(ed es)")
-    add("--batch-size", type=int, metavar="N", help="pairs a step, over all processes (128)")
+    add("--batch-size", type=int, metavar="N", help="pairs a step, over all processes (64)")
     add("--micro-batch", type=int, default=0, metavar="N", help="encode N at a time; saves memory")
-    add("--lr", type=float, default=3e-3, help="peak learning rate (3e-3)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate (2e-3)")
     add("--weight-decay", type=float, default=0.05, help="of weight matrices (0.05)")
     add("--warmup-epochs", type=float, default=1, metavar="N", help="linear warm-up (1)")
     add("--temperature", type=float, default=0.07, help="of the softmax over pairs (0.07)")
@@ -196,8 +196,8 @@ def start_processes(device):
 
 
 def choose_batch_size(wanted, subjects, processes):
-    """The global batch size: --batch-size, or 128 where there are as many training subjects."""
-    size = wanted or min(128, subjects) // processes * processes
+    """The global batch size: --batch-size, or 64 where there are as many training subjects."""
+    size = wanted or min(64, subjects) // processes * processes
     few = f"{subjects} training subjects are too few for contrast"
     data.require(size >= 2, "--data", few)
     many = f"{size} exceeds the {subjects} training subjects"

@@ -31,13 +31,12 @@ SUBJECTS, TRAIN, VALIDATION, EPOCHS = 256, 2100, 450, 3  # the first epoch only 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 # What it is, batch, more arguments, processes, threads a process.
 CASES = [
-    ("default", 128, [], 1, CORES),
-    ("amp", 128, ["--amp"], 1, CORES),
-    ("batch 64", 64, [], 1, CORES),
+    ("default", 64, [], 1, CORES),
+    ("amp", 64, ["--amp"], 1, CORES),
     ("batch 1,024", 1024, [], 1, CORES),
     ("batch 1,024, micro 64", 1024, ["--micro-batch", "64"], 1, CORES),
     ("batch 1,024, micro 64, amp", 1024, ["--micro-batch", "64", "--amp"], 1, CORES),
-    ("2 processes", 128, [], 2, max(1, CORES // 2)),
+    ("2 processes", 64, [], 2, max(1, CORES // 2)),
     ("2 processes, batch 1,024, micro 64", 1024, ["--micro-batch", "64"], 2, max(1, CORES // 2)),
 ]  # fmt: skip
 
@@ -53,7 +52,7 @@ def matrix_multiply_rate(dtype, size=2048, repeats=15):
     return 2 * size**3 / statistics.median(seconds[3:])
 
 
-def flops_of_a_pair(size=128):
+def flops_of_a_pair(size=64):
     """Of one plain training step, forward and backward; encoding twice is no extra credit."""
     model = models.DualPhase()
     batch = {"ecg": torch.randn(size, 12, 2500)}

@@ -453,35 +453,18 @@ def test_augmentation_of_a_single_subject(cohort_folder):
 def test_both_phases_move_alike_and_are_never_mirrored(monkeypatch):
     monkeypatch.setattr(data, "noise_table", lambda seed, device: torch.zeros(2**20))
     ed = torch.zeros(64, 1, 4, 32, 32)
-    ed[..., 12:20, 9:14] = 1  # the right ventricle, on the left of the image
+    ed[..., 12:20, 4:9] = 1  # the right ventricle, on the left of the image
     for epoch in range(4):
         batch = {"ecg": torch.zeros(64, 12, 2500), "ed": ed.clone(), "es": ed.clone()}
         out = data.augment(batch, np.arange(64), 0, epoch)
         assert torch.equal(out["ed"], out["es"])
         bright = (out["ed"] > 0.5).float()
         column = (bright * torch.arange(32)).sum((1, 2, 3, 4)) / bright.sum((1, 2, 3, 4))
-        assert column.max() < 14  # the image's middle is 15.5, mirrored it would be at 20
+        assert column.max() < 13  # the image's middle is 15.5
         area = bright.sum((1, 2, 3, 4)) / 4
         assert (area - 40).abs().max() < 12  # no scaling
         moved = (out["ed"] > 0.5).ne(ed > 0.5).flatten(1).any(1).float().mean()
         assert 0.02 < moved < 0.35  # one subject of seven
-
-
-def test_training_hides_what_lies_around_the_heart(monkeypatch):
-    monkeypatch.setattr(data, "noise_table", lambda seed, device: torch.zeros(2**20))
-    full = torch.ones(64, 1, 4, 33, 65)
-    batch = {"ecg": torch.zeros(64, 12, 2500), "ed": full, "es": full.clone()}
-    out = data.augment(batch, np.arange(64), 0, 0)
-    seen = {phase: out[phase][:, 0] > 0.5 for phase in ("ed", "es")}  # (B, Z, Y, X)
-    assert torch.equal(seen["ed"], seen["es"])
-    assert seen["ed"].all(dim=1).equal(seen["ed"].any(dim=1))  # one circle for all slices
-    y, x = torch.linspace(-1, 1, 33)[:, None], torch.linspace(-1, 1, 65)
-    away = (y**2 + x**2).sqrt()  # from the middle, in halves of the box
-    for picture in seen["ed"][:, 0]:
-        assert picture[away < 0.4].all() and not picture[away > 0.95].any()
-        assert away[picture].max() <= away[~picture].min() + 0.25  # a shift may darken one side
-    reach = seen["ed"][:, 0].flatten(1).float().mean(1).sqrt()
-    assert reach.max() > 1.5 * reach.min()  # a draw of each subject
 
 
 def resident_mb():

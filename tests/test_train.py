@@ -300,7 +300,7 @@ def test_a_folder_with_a_run_is_refused(run_copy, whole, cohort_folder, refused)
 
 
 @pytest.mark.parametrize("changed, named", [
-    (["--lr", 1e-3], "--lr was 0.003"), (["--seed", 1], "--seed was 0"),
+    (["--lr", 1e-3], "--lr was 0.002"), (["--seed", 1], "--seed was 0"),
     (["--batch-size", 9], "--batch-size was 8"), (["--epochs", 5], "--epochs was 4"),
     (["--weights", 1, 1, 0], "--weights was"), (["--phases", "ed"], "--phases was"),
     (["--shuffle-pairs"], "--shuffle-pairs was False"), (["--amp"], "--amp was False"),
