@@ -1289,7 +1289,7 @@ def show(cohort, subject, out):
     require(subject in cohort["ids"], cohort["folder"], example)
     row = cohort["ids"].index(subject)
     batch = read_batch(cohort, [row])
-    figure = Figure(figsize=(16, 9.5), layout="constrained")
+    figure = Figure(figsize=(11.5, 6.9), layout="constrained")
     axes = figure.subplot_mosaic([["ecg", "ed"], ["ecg", "es"]], width_ratios=(1.45, 1))
     paper, seconds = axes["ecg"], np.arange(ECG_SHAPE[1]) / SAMPLING_RATE_HZ
     traces = [(k, k // 3 * 625, 625, k % 3) for k in range(12)]  # four columns of 2.5 s
@@ -1312,7 +1312,7 @@ def show(cohort, subject, out):
         axes[phase].imshow(picture, cmap="gray", vmin=0, vmax=1, aspect=mm_y / mm_x)
         axes[phase].set_title(f"{phase.upper()}, base to apex, {mm_z:g} mm apart")
         axes[phase].axis("off")
-    figure.savefig(out, dpi=58, format="png")
+    figure.savefig(out, dpi=80, format="png")
 
 
 def exit_cleanly(main):

@@ -376,7 +376,7 @@ def draw_curves(args, cohort, log):
     right.set_ylabel("validation: own heart first in its batch")
     for axis in (left, right):
         if axis.lines:
-            axis.legend(frameon=False)
+            axis.legend()
     data.write(Path(args.out) / "curves.png", partial(figure.savefig, dpi=110, format="png"))
 
 
