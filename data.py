@@ -886,14 +886,13 @@ def augment(batch, rows, seed, epoch):
     draw for both phases, without mirror (the right ventricle has a side) and without scaling (size
     is the phenotype). The CMR tensors of `batch` are changed in place.
     """
-    ecg = batch["ecg"]
-    _, leads, samples = ecg.shape
+    ecg, leads = batch["ecg"], batch["ecg"].shape[1]
     draws = np.stack([np.random.default_rng([seed, epoch, int(row)]).random(64) for row in rows])
     draws = torch.from_numpy(draws.astype(np.float32)).to(ecg.device)  # (B, 64) in 0..1
-    column = iter(range(64))
+    columns = iter(draws.T)
 
     def uniform(low, high, n=1):  # (B, n)
-        return low + (high - low) * draws[:, [next(column) for _ in range(n)]]
+        return low + (high - low) * torch.stack([next(columns) for _ in range(n)], 1)
 
     def add_noise(x, highest):  # a subject's piece of one fixed table, as drawing afresh is slow
         table = noise_table(seed, ecg.device)
@@ -902,11 +901,10 @@ def augment(batch, rows, seed, epoch):
             first = int(start * (len(table) - one.numel()))
             one.add_(table[first : first + one.numel()].view_as(one), alpha=size)
 
-    shift = uniform(-0.5, 0.5) * SAMPLING_RATE_HZ  # up to half a second, around the end
-    places = (torch.arange(samples, device=ecg.device) + shift.long()) % samples  # (B, T)
-    ecg = ecg.gather(2, places[:, None].expand(-1, leads, -1))
+    shifts = (uniform(-0.5, 0.5)[:, 0] * SAMPLING_RATE_HZ).tolist()  # up to half a second, around
+    ecg = torch.stack([one.roll(-int(k), 1) for one, k in zip(ecg, shifts, strict=True)])
     ecg *= uniform(0.9, 1.1)[:, None] * (uniform(0, 1, leads) > 0.03)[..., None]
-    seconds = torch.arange(samples, device=ecg.device) / SAMPLING_RATE_HZ
+    seconds = torch.arange(ecg.shape[2], device=ecg.device) / SAMPLING_RATE_HZ
     wander = torch.sin(2 * math.pi * (uniform(0.1, 0.5) * seconds + uniform(0, 1)))  # (B, T)
     ecg.addcmul_(uniform(-0.02, 0.02, leads)[..., None], wander[:, None])  # mV
     add_noise(ecg, 0.015)  # mV
