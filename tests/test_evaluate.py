@@ -468,7 +468,7 @@ def test_wrong_runs_are_refused(cohort, tmp_path, monkeypatch, capfd, recwarn, f
 @pytest.mark.parametrize(
     "arguments",
     [["--labels", "5"], ["--labels", "many"], ["--labels", "9999"], ["--bootstrap", "0"],
-     ["--data", "nowhere"], ["--predict", "nowhere.csv"], ["run"]],
+     ["--labels", "5²"], ["--data", "nowhere"], ["--predict", "nowhere.csv"], ["run"]],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(cohort, tmp_path, monkeypatch, arguments):
     run = make_run(tmp_path / "run", cohort)

@@ -7,6 +7,7 @@ import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,6 +211,18 @@ def test_killed_runs_resume_bit_for_bit(whole, cohort_folder, run_forked, tmp_pa
         kill_and_resume(seed, whole, cohort_folder, run_forked, tmp_path / str(seed))
 
     in_pairs(attempt, seeds)
+
+
+def test_the_rate_warms_up_to_its_peak_and_falls_to_zero():
+    def rates(warmup):
+        args = SimpleNamespace(lr=0.01, epochs=12, warmup_epochs=warmup)
+        return [train.learning_rate(args, step / 32) for step in range(12 * 32)]
+
+    one = rates(1)
+    assert one[16] == pytest.approx(0.005) and one[32] == 0.01  # linear, then half a cosine
+    assert one[32 + 11 * 16] == pytest.approx(0.005) and one[-1] == pytest.approx(0, abs=1e-6)
+    for warmup in (0, 0.001, 1, 12, 50):  # 0.001: shorter than a step
+        assert 0 <= min(rates(warmup)) and max(rates(warmup)) <= 0.01
 
 
 # ---------------------------------------------------------------- refusals
