@@ -378,8 +378,9 @@ def read_phases(row):
         if stack["affine"] is not None and other["affine"] is not None:
             if not (alike and np.allclose(stack["affine"], other["affine"], atol=0.1)):
                 to_es = np.linalg.inv(other["affine"]) @ stack["affine"]  # ED voxel -> ES voxel
+                # mode "constant" would blacken slices at the edge
                 how = {"output_shape": ed.shape, "order": 1, "mode": "grid-constant"}
-                es = ndimage.affine_transform(es, to_es[:3], **how)  # "constant": black edges
+                es = ndimage.affine_transform(es, to_es[:3], **how)
         else:
             differs = f"its grid {es.shape} is not ED's {ed.shape} and no affines place both"
             require(alike, path, f"{differs}; resample one onto the other")
@@ -901,7 +902,8 @@ def augment(batch, rows, seed, epoch):
             first = int(start * (len(table) - one.numel()))
             one.add_(table[first : first + one.numel()].view_as(one), alpha=size)
 
-    shifts = (uniform(-0.5, 0.5)[:, 0] * SAMPLING_RATE_HZ).tolist()  # up to half a second, around
+    # Up to half a second; what leaves at one end comes in at the other.
+    shifts = (uniform(-0.5, 0.5)[:, 0] * SAMPLING_RATE_HZ).tolist()
     ecg = torch.stack([one.roll(-int(k), 1) for one, k in zip(ecg, shifts, strict=True)])
     ecg *= uniform(0.9, 1.1)[:, None] * (uniform(0, 1, leads) > 0.03)[..., None]
     seconds = torch.arange(ecg.shape[2], device=ecg.device) / SAMPLING_RATE_HZ

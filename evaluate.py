@@ -628,7 +628,7 @@ def main():
     unique = len({*runs} - taken) == len(args.runs)
     data.require(unique, "RUN", "two folders, or one and a baseline, share a name; rename one")
     cohort, first = choose_cohort(args.data, list(runs.values())), next(iter(runs))
-    rows = {name: np.flatnonzero(cohort["split"] == name) for name in ("train", "val", "test")}
+    rows = {name: np.flatnonzero(cohort["split"] == name) for name in data.SPLITS}
     if args.predict:
         predict(runs[first], cohort, rows, args.predict, device)
         return 0

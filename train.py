@@ -210,7 +210,7 @@ def choose_batch_size(wanted, subjects, processes):
 def ecg_partners(split, seed, shuffle):
     """Whose ECG stands beside each heart: its own or, as a control, another one of its split."""
     partner = np.arange(len(split))
-    for name in ("train", "val", "test") if shuffle else ():
+    for name in data.SPLITS if shuffle else ():
         rows = np.flatnonzero(split == name)
         partner[rows] = np.random.default_rng([seed, len(rows)]).permutation(rows)
     return partner

@@ -201,8 +201,8 @@ def kill_and_resume(seed, whole, cohort, run_forked, folder):
     shutil.rmtree(folder)  # 50 MB
 
 
-# The three: some time in training; while the last epoch's checkpoint and log are renamed; while the
-# first epoch's best.pt and last.pt are.
+# The three: some time in training; at the tenth rename, near the end; at the third, of the first
+# epoch's last.pt.
 @pytest.mark.parametrize(
     "seeds", [(1, 10, 18), pytest.param(range(20), marks=pytest.mark.slow)], ids=["3", "20"]
 )
