@@ -12,6 +12,7 @@ synthetic hearts, commands. Images are always (Z, Y, X): slice from base to apex
 
 import argparse
 import csv
+import ctypes
 import gzip
 import hashlib
 import io
@@ -830,25 +831,29 @@ def find_cohort(data=None):
 # ---------------------------------------------------------------- batches
 
 
-def read_batch(cohort, rows, device="cpu", ecg_rows=None, names=("ecg", "ed", "es")):
+def read_batch(cohort, rows, device="cpu", ecg_rows=None, names=("ecg", "ed", "es"), varied=None):
     """Rows of a cohort as float32: dict(ecg (B, 12, 2500) mV, ed, es (B, 1, Z, Y, X) in 0..1).
 
     ecg_rows: whose ECG to put beside each heart, for the negative control; default their own.
+    varied: (seed, epoch), for training: as `augment` makes them; default as they are.
     The map of a file gives its layout; rows are then read, not touched through the map, as mapped
     pages (up to 2 MB around a row where the system uses large ones) would count as resident memory.
     """
-    batch = {}
+    stored = {}
     for name in names:
         wanted = ecg_rows if name == "ecg" and ecg_rows is not None else rows
-        stored = np.load(cohort["folder"] / f"{name}.npy", mmap_mode="r")
-        array = np.empty((len(wanted), *stored.shape[1:]), stored.dtype)
-        with open(stored.filename, "rb", buffering=0) as file:
+        mapped = np.load(cohort["folder"] / f"{name}.npy", mmap_mode="r")
+        array = np.empty((len(wanted), *mapped.shape[1:]), mapped.dtype)
+        with open(mapped.filename, "rb", buffering=0) as file:
             for k, row in enumerate(wanted):
-                file.seek(stored.offset + int(row) * array[0].nbytes)
+                file.seek(mapped.offset + int(row) * array[0].nbytes)
                 file.readinto(array[k])
-        x = torch.from_numpy(array).to(device)  # small as stored: converted there
-        batch[name] = x.float().mul_(1e-3) if name == "ecg" else x[:, None].float().div_(255)
-    return batch
+        stored[name] = torch.from_numpy(array).to(device)  # small as stored: converted there
+    if varied:
+        return augment(stored, rows, *varied)
+    scale = {"ecg": 1e-3, "ed": 1 / 255, "es": 1 / 255}
+    batch = {name: x.float().mul_(scale[name]) for name, x in stored.items()}
+    return {name: x if name == "ecg" else x[:, None] for name, x in batch.items()}
 
 
 def epoch_batches(rows, batch_size, seed, epoch):
@@ -877,17 +882,19 @@ def noise_table(seed, device):
     return torch.randn(2**20, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def augment(batch, rows, seed, epoch):
-    """Vary a batch of read_batch as a repeated examination would; the same shapes and units.
+def augment(stored, rows, seed, epoch):
+    """Vary subjects as a repeated examination would: a batch as read_batch gives it.
 
-    Draws depend on (seed, epoch, subject) only; rows (B,): the subjects' rows in the cohort.
+    stored: the arrays of the cohort's files, ecg int16 (B, 12, 2500) in microvolt and perhaps ed
+    and es uint8 (B, Z, Y, X). Draws depend on (seed, epoch, subject) only; rows (B,): the subjects'
+    rows in the cohort.
 
-    ECG: time shift, gain +-10 %, noise, baseline wander, lead dropout. CMR, where the batch has it:
-    gain, offset, noise and, for one subject of seven, a shift and an in-plane turn. Geometry is one
-    draw for both phases, without mirror (the right ventricle has a side) and without scaling (size
-    is the phenotype). The CMR tensors of `batch` are changed in place.
+    ECG: time shift, gain +-10 %, noise, baseline wander, lead dropout. CMR: gain, offset, noise
+    and, for one subject of seven, a shift and an in-plane turn. Geometry is one draw for both
+    phases, without mirror (the right ventricle has a side) and without scaling (size is the
+    phenotype).
     """
-    ecg, leads = batch["ecg"], batch["ecg"].shape[1]
+    ecg, leads = stored["ecg"], stored["ecg"].shape[1]
     draws = np.stack([np.random.default_rng([seed, epoch, int(row)]).random(64) for row in rows])
     draws = torch.from_numpy(draws.astype(np.float32)).to(ecg.device)  # (B, 64) in 0..1
     columns = iter(draws.T)
@@ -905,15 +912,17 @@ def augment(batch, rows, seed, epoch):
     # Up to half a second; what leaves at one end comes in at the other.
     shifts = (uniform(-0.5, 0.5)[:, 0] * SAMPLING_RATE_HZ).tolist()
     ecg = torch.stack([one.roll(-int(k), 1) for one, k in zip(ecg, shifts, strict=True)])
-    ecg *= uniform(0.9, 1.1)[:, None] * (uniform(0, 1, leads) > 0.03)[..., None]
+    gain = uniform(0.9, 1.1) * (uniform(0, 1, leads) > 0.03)  # of some leads 0: an electrode is off
+    ecg = ecg * (1e-3 * gain)[..., None]  # mV
     seconds = torch.arange(ecg.shape[2], device=ecg.device) / SAMPLING_RATE_HZ
     wander = torch.sin(2 * math.pi * (uniform(0.1, 0.5) * seconds + uniform(0, 1)))  # (B, T)
     ecg.addcmul_(uniform(-0.02, 0.02, leads)[..., None], wander[:, None])  # mV
     add_noise(ecg, 0.015)  # mV
 
-    if "ed" not in batch:
-        return {"ecg": ecg}
-    height, width = batch["ed"].shape[3:]
+    batch = {"ecg": ecg}
+    if "ed" not in stored and "es" not in stored:
+        return batch
+    height, width = stored.get("ed", stored.get("es")).shape[2:]
     angle = uniform(-0.2, 0.2)  # radian
     move = uniform(-0.1, 0.1, 2)  # of half the box: up to 9.6 mm at the default grid
     column_x = torch.cat([angle.cos(), -angle.sin() * height / width, move[:, :1]], 1)
@@ -923,13 +932,14 @@ def augment(batch, rows, seed, epoch):
     if len(moved):
         places = F.affine_grid(turn, (len(moved), 1, height, width), align_corners=False)
     gain, offset = uniform(0.85, 1.15)[..., None, None], uniform(-0.05, 0.05)[..., None, None]
-    for phase in ("ed", "es"):
-        volume = batch[phase][:, 0]  # (B, Z, Y, X), slices as channels of a 2D image
+    for phase in (name for name in ("ed", "es") if name in stored):
+        volume = stored[phase].float()  # (B, Z, Y, X), slices as channels of a 2D image
         if len(moved):
             volume[moved] = F.grid_sample(volume[moved], places, align_corners=False)
-        volume.mul_(gain).add_(offset)
+        volume.mul_(gain / 255).add_(offset)
         add_noise(volume, 0.04)
-    return {**batch, "ecg": ecg}
+        batch[phase] = volume[:, None]
+    return batch
 
 
 # ---------------------------------------------------------------- synthetic hearts
@@ -1313,6 +1323,20 @@ def show(cohort, subject, out):
         axes[phase].set_title(f"{phase.upper()}, base to apex, {mm_z:g} mm apart")
         axes[phase].axis("off")
     figure.savefig(out, dpi=80, format="png")
+
+
+def keep_memory():
+    """Have glibc keep freed memory for the next step; other systems' allocators are left alone.
+
+    Otherwise each step returns its activations to the system and has them zeroed and mapped anew:
+    a quarter of the time on two cores. The parameters are those of `man 3 mallopt`.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for parameter, value in ((-1, 2**31 - 1), (-3, 2**30), (-8, 1)):  # M_TRIM_THRESHOLD,
+        mallopt(parameter, value)  # M_MMAP_THRESHOLD, M_ARENA_MAX: one heap for all threads
 
 
 def exit_cleanly(main):

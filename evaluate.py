@@ -307,8 +307,8 @@ def train_supervised(cohort, rows, device, seed, rates=RATES):
         return each[known].sum() / known.sum().clamp(min=1)
 
     def load(rows, epoch):
-        batch = data.read_batch(cohort, rows, device, names=("ecg",))
-        return data.augment(batch, rows, seed, epoch)["ecg"], y[rows]
+        batch = data.read_batch(cohort, rows, device, names=("ecg",), varied=(seed, epoch))
+        return batch["ecg"], y[rows]
 
     @torch.no_grad()
     def outputs(net, rows):
@@ -321,7 +321,7 @@ def train_supervised(cohort, rows, device, seed, rates=RATES):
         torch.manual_seed(seed)
         net = [models.ecg_encoder(), torch.nn.Linear(models.FEATURES, len(targets))]
         net = torch.nn.Sequential(*net).to(device)
-        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05, fused=True)
         steps = epochs * (len(train) // size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
         for epoch in range(epochs):
@@ -387,8 +387,7 @@ def predict(run, cohort, rows, table, device):
     for row in data.read_table(table, ("id", "ecg")):
         path = Path(table).parent / row.get("ecg", "")
         try:
-            if "wrong" in row or not path.is_file():
-                raise data.InputError(path, row.get("wrong", "is no file; correct the path"))
+            data.require("wrong" not in row, path, row.get("wrong"))
             ecg = data.read_clean_ecg(path, cohort["source"].get("mains_hz", 50))
         except Exception as error:  # one file that breaks a reader must not stop the others
             why = data.printable(getattr(error, "why", error))
@@ -621,6 +620,7 @@ def make_baselines(args, cohort, rows, ecg, first, device):
 
 
 def main():
+    data.keep_memory()
     args = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = {run["name"]: run for run in map(load_run, args.runs)}

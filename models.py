@@ -29,8 +29,19 @@ class Block(nn.Module):
 
     def forward(self, x):  # (B, width_in, *size) -> (B, width_out, *size / 2)
         y = F.silu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
+        y = self.norm2(convolve(y, self.conv2))
         return F.silu(y + self.shortcut(x))
+
+
+def convolve(x, conv):
+    """conv(x) of a centred kernel, faster where an axis is one sample long.
+
+    There only the kernel's middle meets the sample; the rest would multiply padding.
+    """
+    weight, padding = conv.weight, list(conv.padding)
+    for axis in (axis for axis, size in enumerate(x.shape[2:]) if size == 1):
+        weight, padding[axis] = weight.narrow(2 + axis, weight.shape[2 + axis] // 2, 1), 0
+    return (F.conv3d if x.ndim == 5 else F.conv1d)(x, weight, padding=padding)
 
 
 class ResNet(nn.Module):
@@ -62,7 +73,7 @@ def ecg_encoder():
 
 def cmr_encoder():
     """(B, 1, 12, 64, 64) in 0..1 -> stem (B, 16, 6, 16, 16) -> (B, 128, 1, 2, 2) -> (B, 128)."""
-    net = ResNet(3, 1, (2, 4, 4), (16, 16, 32, FEATURES), 3)
+    net = ResNet(3, 1, (2, 4, 4), (16, 16, 80, FEATURES), 3)
     return net.to(memory_format=torch.channels_last_3d)  # a quarter faster on CPUs with AVX-512
 
 

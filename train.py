@@ -34,6 +34,7 @@ import models
 
 
 def main():
+    data.keep_memory()
     args = parse_arguments()
     world = start_processes(args.device)
     device, chief = world["device"], world["rank"] == 0
@@ -49,7 +50,8 @@ def main():
 
     torch.manual_seed(args.seed)
     model = models.DualPhase(args.phases, amp=args.amp).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr)
+    groups, fused = parameter_groups(model, args.weight_decay), device.type != "mps"
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=fused)
     done = {"epoch": 0, "step": 0, "sums": {}, "log": [], "best": math.inf}
     if chief:
         Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -66,11 +68,11 @@ def main():
     part = args.batch_size // world["size"]  # of each global batch, for this process
     own = slice(world["rank"] * part, (world["rank"] + 1) * part)
     pieces = math.ceil(part / (args.micro_batch or part))
-    stop = stop_on_signal()
+    stop, names = stop_on_signal(), ("ecg", *args.phases)
 
     def load(subjects, epoch):  # on a thread, ahead of the step
-        batch = data.read_batch(cohort, subjects, device, partner[subjects])
-        return data.augment(batch, subjects, args.seed, epoch)
+        draws = (args.seed, epoch)
+        return data.read_batch(cohort, subjects, device, partner[subjects], names, draws)
 
     if chief:
         counts = f"{len(rows['train'])} training, {len(rows['val'])} validation subjects"
@@ -113,8 +115,8 @@ def main():
             score = row.get("val_total", row["total"])
             improved = score < done["best"]
             done |= {"log": [*done["log"], row], "best": score if improved else done["best"]}
-            names = ("best.pt", "last.pt") if improved else ("last.pt",)
-            save(names, args, cohort, model, optimizer, done)
+            files = ("best.pt", "last.pt") if improved else ("last.pt",)
+            save(files, args, cohort, model, optimizer, done)
             left = (time.time() - started) / (epoch + 1 - first) * (args.epochs - epoch - 1)
             print(describe(row, args, left), flush=True)
         if epoch + 1 < args.epochs and stop_requested(stop, world):
@@ -243,7 +245,7 @@ def validate(model, cohort, rows, partner, args, device):
     model.eval()
 
     def load(subjects):
-        return data.read_batch(cohort, subjects, device, partner[subjects])
+        return data.read_batch(cohort, subjects, device, partner[subjects], ("ecg", *args.phases))
 
     pieces = np.array_split(rows, math.ceil(len(rows) / (args.micro_batch or args.batch_size)))
     encoded = [model(batch) for batch in data.read_ahead(load, pieces)]

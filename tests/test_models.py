@@ -44,6 +44,17 @@ def test_an_ecg_alone_is_enough():
     torch.testing.assert_close(alone["ecg"], model(batch)["ecg"])
 
 
+@pytest.mark.parametrize("size", [(1,), (1, 2, 2), (3, 1, 4), (2, 3, 3)])
+def test_leaving_out_what_multiplies_padding_changes_nothing(size):
+    torch.manual_seed(0)
+    conv = models.CONV[len(size)](4, 6, 3, padding=1, bias=False)
+    x = torch.randn(5, 4, *size, requires_grad=True)
+    plain, fast = conv(x), models.convolve(x, conv)
+    torch.testing.assert_close(fast, plain)
+    wanted, given = (torch.autograd.grad(y.sin().sum(), [x, conv.weight]) for y in (plain, fast))
+    torch.testing.assert_close(given, wanted)
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_features_do_not_depend_on_neighbours(mode):
     model = getattr(make_model(), mode)()
