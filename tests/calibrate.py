@@ -39,7 +39,8 @@ def main():
         np.save(cohort["folder"] / "ecg.npy", np.stack([one["ecg"] for one in simulated]))
         outputs = evaluate.train_supervised(cohort, rows, torch.device("cpu"), SEED)["outputs"]
     x, once = evaluate.standardise(outputs, rows["train"]), np.ones((1, len(rows["test"])))
-    print(f"| {len(rows['train'])} training, {len(rows['test'])} test ECGs | R² | r |\n|---|---|---|")
+    sizes = f"{len(rows['train'])} training, {len(rows['test'])} test ECGs"
+    print(f"| {sizes} | R² | r |\n|---|---|---|")
     for name, found in evaluate.probe(x, cohort, rows, once)["probe"].items():
         print(f"| {name} | {found['r2']:.3f} | {found['pearson']:.3f} |")
 
