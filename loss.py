@@ -82,7 +82,8 @@ def gather(features):
     """{name: (B / W, D)} of this process -> {name: (B, D)} of all; unchanged with one process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return features
-    return {name: Gather.apply(rows) for name, rows in features.items()}
+    rows = Gather.apply(torch.stack([*features.values()], dim=1))  # (B, names, D) in one message
+    return dict(zip(features, rows.unbind(dim=1), strict=True))
 
 
 def backward(model, encode, stream, pieces, weights, temperature):
