@@ -1383,8 +1383,8 @@ def main():
         require(value is None or value >= least, f"--{name}", f"must be at least {least}")
     common = {}
     if "grid" in args:
-        small = all(4 <= n <= 512 for n in args.grid)
-        require(small, "--grid", "must be from 4 to 512 voxels along each axis")
+        fits = all(low <= n <= 512 for low, n in zip((4, 8, 8), args.grid, strict=True))
+        require(fits, "--grid", "must be from 4 x 8 x 8 to 512 x 512 x 512 voxels")
         valid = all(0.1 < mm < 100 for mm in args.spacing)
         require(valid, "--spacing", "must be from 0.1 to 100 mm along each axis")
         common = {"workers": args.workers, "grid": args.grid, "spacing_mm": args.spacing}

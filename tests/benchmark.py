@@ -62,6 +62,22 @@ def flops_of_a_pair(size=64):
     return counter.get_total_flops() / size
 
 
+def step_seconds(size=64, repeats=30):
+    """One training step on a batch that lies in memory, nothing else running: median seconds."""
+    model = models.DualPhase()
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.05), fused=True)
+    batch = {"ecg": torch.randn(size, 12, 2500)}
+    batch |= {phase: torch.rand(size, 1, *data.GRID) for phase in ("ed", "es")}
+    seconds = []
+    for _ in range(repeats + 5):
+        started = time.perf_counter()
+        loss.backward(model, model, iter([batch]), 1, (1, 1, 1), 0.07)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[5:])
+
+
 def make_cohorts(folder):
     """Prepare raw files, timed, then repeat the subjects. Returns prepare's subjects a second."""
     data.write_demo(folder / "demo", SUBJECTS)
@@ -131,12 +147,16 @@ def main():
         folder = Path(name)
         prepared = make_cohorts(folder)
         torch.set_num_threads(CORES)
+        data.keep_memory()  # as train.py does
         flops = flops_of_a_pair()
         rates = {kind: matrix_multiply_rate(kind) for kind in (torch.float32, torch.bfloat16)}
         print(f"\n{platform.machine()}, {CORES} cores, torch {torch.__version__}; "
               f"matrix multiply {rates[torch.float32] / 1e9:.0f} GFLOP/s in float32, "
               f"{rates[torch.bfloat16] / 1e9:.0f} in bfloat16; {flops / 1e6:.0f} MFLOP a pair; "
-              f"prepare: {prepared:.0f} subjects/s\n")  # fmt: skip
+              f"prepare: {prepared:.0f} subjects/s")  # fmt: skip
+        alone = 64 / step_seconds()
+        share = alone * flops / rates[torch.float32]
+        print(f"The step alone, on one batch of 64 in memory: {alone:.0f} pairs/s, {share:.0%}\n")
         print("| case | processes × threads | pairs/s | share of matrix-multiply rate | "
               "waiting for data | peak memory a process |")  # fmt: skip
         print("|---" * 6 + "|")
