@@ -52,11 +52,16 @@ def matrix_multiply_rate(dtype, size=2048, repeats=15):
     return 2 * size**3 / statistics.median(seconds[3:])
 
 
+def random_batch(size):
+    """Noise in the shapes of data.read_batch, as speed does not depend on what is in a batch."""
+    images = {phase: torch.rand(size, 1, *data.GRID) for phase in ("ed", "es")}
+    return {"ecg": torch.randn(size, 12, 2500), **images}
+
+
 def flops_of_a_pair(size=64):
     """Of one plain training step, forward and backward; encoding twice is no extra credit."""
     model = models.DualPhase()
-    batch = {"ecg": torch.randn(size, 12, 2500)}
-    batch |= {phase: torch.rand(size, 1, *data.GRID) for phase in ("ed", "es")}
+    batch = random_batch(size)
     with FlopCounterMode(display=False) as counter:
         loss.backward(model, model, iter([batch]), 1, (1, 1, 1), 0.07)
     return counter.get_total_flops() / size
@@ -66,8 +71,7 @@ def step_seconds(size=64, repeats=30):
     """One training step on a batch that lies in memory, nothing else running: median seconds."""
     model = models.DualPhase()
     optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.05), fused=True)
-    batch = {"ecg": torch.randn(size, 12, 2500)}
-    batch |= {phase: torch.rand(size, 1, *data.GRID) for phase in ("ed", "es")}
+    batch = random_batch(size)
     seconds = []
     for _ in range(repeats + 5):
         started = time.perf_counter()
