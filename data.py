@@ -28,9 +28,10 @@ import sys
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
@@ -45,6 +46,9 @@ from scipy import signal as dsp
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 SAMPLING_RATE_HZ, SECONDS = 250, 10
 ECG_SHAPE = (len(LEADS), SECONDS * SAMPLING_RATE_HZ)
+# I and II give the other limb leads. Einthoven: III = II - I. Goldberger: aVR = -(I + II)/2,
+# aVL = I - II/2, aVF = II - I/2.
+LIMB_LEADS = np.array([[-1, 1], [-0.5, -0.5], [1, -0.5], [-0.5, 1]])
 GRID, SPACING_MM = (12, 64, 64), (10.0, 3.0, 3.0)  # 120 x 192 x 192 mm holds both ventricles
 COVARIATES, SPLITS = ("age", "sex", "bmi"), ("train", "val", "test")
 FILES = ("ecg", "ed", "es", "cine", "mask")  # columns of a manifest that name files
@@ -74,6 +78,15 @@ def require(holds, where, why):
         raise InputError(where, why)
 
 
+@contextmanager
+def explain(where, why, errors=Exception):
+    """What fails in the block becomes an InputError, in whose `why` {error} is what was raised."""
+    try:
+        yield
+    except errors as error:
+        raise InputError(where, why.format(error=error)) from None
+
+
 # ---------------------------------------------------------------- reading ECGs
 
 
@@ -82,10 +95,8 @@ def read_ecg(path):
     path = Path(path)
     reader = {".xml": read_cardiosoft, ".hea": read_wfdb}.get(path.suffix.lower())
     require(reader, path, "is neither CardioSoft .xml nor WFDB .hea; convert it to one of them")
-    require_file(path)
-    require_ecg_size(path)
-    raw = reader(path)
-    leads, rate = raw["leads"], raw["sampling_rate_hz"]
+    require_ecg_file(path)
+    leads, rate = reader(path)
     names = Counter(name for name, _ in leads)
     wrong = ", ".join(f"{name} {names[name]} times" for name in LEADS if names[name] != 1)
     lengths = sorted({len(samples) for _, samples in leads})
@@ -97,12 +108,12 @@ def read_ecg(path):
 
 
 def require_file(path):
-    folder = os.path.isdir(path)
-    require(folder or os.path.isfile(path), path, "does not exist; correct the path")
-    require(not folder, path, "is a folder; name the file in it")
+    require(not os.path.isdir(path), path, "is a folder; name the file in it")
+    require(os.path.isfile(path), path, "does not exist; correct the path")
 
 
-def require_ecg_size(path):
+def require_ecg_file(path):
+    require_file(path)
     small = path.stat().st_size <= LARGEST_ECG_MB * 1e6
     require(small, path, f"is larger than {LARGEST_ECG_MB} MB, as no 12-lead rest ECG is; check it")
 
@@ -115,23 +126,20 @@ def canonical_lead(name):
 def read_cardiosoft(path):
     """GE CardioSoft XML (UK Biobank field 20205): the 10 s rhythm of StripData, never median beats.
 
-    Returns, as read_wfdb does, dict(leads: list of (name, samples (T,) in mV), sampling_rate_hz).
+    Returns, as read_wfdb does, a list of (lead, samples (T,) in mV) and the sampling rate in Hz.
     """
     content = path.read_bytes()
     entities = b"<!ENTITY" in content.replace(b"\0", b"")  # as UTF-16, too
     require(not entities, path, "declares XML entities, as no ECG export does; refused for safety")
-    try:
+    unreadable = "is not readable XML ({error}); export it again"
+    with explain(path, unreadable, (ElementTree.ParseError, ValueError, LookupError)):
         root = ElementTree.fromstring(content)
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise InputError(path, f"is not readable XML ({error}); export it again") from None
     strip, again = root.find(".//StripData"), "export it again"
     require(root.tag == "CardiologyXML", path, f"is <{root.tag:.40}>, not <CardiologyXML>; {again}")
     require(strip is not None, path, f"has no StripData, the 10 s rhythm; {again} with it")
-    try:
+    textual = f"StripData has no numeric SampleRate and Resolution; {again}"
+    with explain(path, textual, (TypeError, ValueError)):
         rate, step_uv = (float(strip.findtext(tag)) for tag in ("SampleRate", "Resolution"))
-    except (TypeError, ValueError):
-        why = f"StripData has no numeric SampleRate and Resolution; {again}"
-        raise InputError(path, why) from None
     require(0.01 <= step_uv <= 100, path, f"Resolution {step_uv:g} µV per LSB is absurd; {again}")
     leads = []
     for block in strip.findall("WaveformData"):
@@ -142,7 +150,7 @@ def read_cardiosoft(path):
             why = f"lead {name} holds a sample that is no integer ({error!s:.80}); {again}"
             raise InputError(path, why) from None
         leads.append((name, samples * (step_uv / 1000)))
-    return {"leads": leads, "sampling_rate_hz": rate}
+    return leads, rate
 
 
 # file, format 16 (samples a frame, byte offset), gain (baseline) / unit, the rest
@@ -156,12 +164,10 @@ def read_wfdb(path):
     """WFDB header with format-16 signals in .dat or .mat (https://wfdb.io/spec/header-files.html)."""
     lines = [line.strip() for line in path.read_bytes().decode("utf-8", "replace").splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
-    try:
+    first = "first line must give record, number of signals, rate and length; correct it"
+    with explain(path, first, (IndexError, ValueError)):
         record, count, rate, length = lines[0].split()[:4]
         count, rate, length = int(count), float(re.split("[/(]", rate)[0]), int(length)
-    except (IndexError, ValueError):
-        why = "first line must give record, number of signals, rate and length; correct it"
-        raise InputError(path, why) from None
     require("/" not in record, path, "is a multi-segment record; join its segments into one first")
     listed = f"announces {count} signals of {length} samples but lists {len(lines) - 1}; correct it"
     require(0 < count < len(lines) and length > 0, path, listed)
@@ -188,7 +194,7 @@ def read_wfdb(path):
         why = f"signal file '{name:.99}' is outside the header's folder; move it in"
         require(inside, path, why)
         require(source.is_file(), path, f"signal file '{name}' is missing; put it beside it")
-        require_ecg_size(source)
+        require_ecg_file(source)
         count, offset = length * len(own), own[0][3]
         whole = source.stat().st_size >= offset + 2 * count
         require(whole, source, f"ends before the {length} samples of its header; copy it again")
@@ -196,8 +202,8 @@ def read_wfdb(path):
         samples = samples.T.astype(np.float64)
         samples[samples == -32768] = np.nan  # the standard's mark of a missing sample
         for row, (lead, zero, scale, _) in zip(samples, own, strict=True):
-            leads += [(lead, (row - zero) * scale)] if lead in LEADS else []
-    return {"leads": leads, "sampling_rate_hz": rate}
+            leads.append((lead, (row - zero) * scale))
+    return leads, rate
 
 
 def clean_ecg(ecg_mv, sampling_rate_hz, mains_hz=50, where="ECG"):
@@ -250,12 +256,8 @@ def ecg_filter(mains_hz):
 
 
 def limb_lead_residual(ecg_mv):
-    """Largest RMS of III, aVR, aVL, aVF minus their value from I and II, over the limb leads' RMS.
-
-    Einthoven: II = I + III. Goldberger: aVR = -(I + II)/2, aVL = I - II/2, aVF = II - I/2.
-    """
-    from_i_ii = np.array([[-1, 1], [-0.5, -0.5], [1, -0.5], [-0.5, 1]]) @ ecg_mv[:2]
-    error = np.sqrt(np.square(ecg_mv[2:6] - from_i_ii).mean(axis=1)).max()
+    """Largest RMS of III, aVR, aVL, aVF minus what I and II tell, over that of all limb leads."""
+    error = np.sqrt(np.square(ecg_mv[2:6] - LIMB_LEADS @ ecg_mv[:2]).mean(axis=1)).max()
     return error / np.sqrt(np.square(ecg_mv[:6]).mean())
 
 
@@ -266,7 +268,7 @@ def limb_lead_residual(ecg_mv):
 SHORT_AXIS = np.array([[-0.61, 0.61, -0.51], [0.36, -0.36, -0.86], [-0.71, -0.71, 0.0]])
 
 
-def open_nifti(path, dimensions=(3,)):
+def open_nifti(path, dimensions=3):
     """Read the header of a short-axis NIfTI and check what it announces.
 
     Returns dict(path, shape, axes, flips, spacing_mm (z, y, x), affine or None, dtype, offset,
@@ -276,7 +278,7 @@ def open_nifti(path, dimensions=(3,)):
     directions; nothing is ever mirrored otherwise.
     """
     require_file(path)
-    try:
+    with explain(path, "is not readable NIfTI ({error!s:.80}); convert it again"):
         head = read_start(path, 540)
         kind = nibabel.Nifti2Header if head[4:7] == b"n+2" else nibabel.Nifti1Header
         if b"n+1" != head[344:347] and b"n+2" != head[4:7]:
@@ -288,12 +290,9 @@ def open_nifti(path, dimensions=(3,)):
         spacing = header["pixdim"][1:4].astype(float)
         affine = np.array(header.get_best_affine(), float)
         placed = header["sform_code"] > 0 or header["qform_code"] > 0
-    except Exception as error:
-        raise InputError(path, f"is not readable NIfTI ({error!s:.80}); convert it again") from None
     shape = shape[:3] if len(shape) == 4 and shape[3] == 1 else shape
-    wanted, again = " or ".join(f"{n}D" for n in dimensions), "convert it again"
-    flat = f"is {len(shape)}D {shape} but {wanted} is needed; see the manifest's columns"
-    require(len(shape) in dimensions, path, flat)
+    again, flat = "convert it again", f"is {len(shape)}D {shape} but {dimensions}D is needed"
+    require(len(shape) == dimensions, path, f"{flat}; see the manifest's columns")
     require(voxel.kind in "iuf", path, f"holds {voxel} voxels, not grey levels; {again}")
     size_mb = math.prod(shape) * max(voxel.itemsize, 4) / 1e6
     possible = min(shape) > 0 and size_mb <= LARGEST_IMAGE_MB and 0 <= offset < 1e7
@@ -312,9 +311,9 @@ def open_nifti(path, dimensions=(3,)):
         if row[axes[2]] + column[axes[1]] > row[axes[1]] + column[axes[2]]:
             axes[1:] = axes[:0:-1]
         affine = affine[:, axes + [3]]
-        flips = [1 if affine[:3, k] @ SHORT_AXIS[k] >= 0 else -1 for k in range(3)]
         for k in range(3):
-            if flips[k] < 0:  # the origin moves to the other end of a flipped axis
+            if affine[:3, k] @ SHORT_AXIS[k] < 0:  # flip: the origin moves to the axis' other end
+                flips[k] = -1
                 affine[:, 3] += affine[:, k] * (shape[axes[k]] - 1)
                 affine[:, k] *= -1
     placing = {"axes": axes, "flips": flips, "affine": affine if sane else None}
@@ -332,12 +331,10 @@ def read_voxels(nifti):
     """All voxels of an opened NIfTI as float32 (Z, Y, X[, T]) in scanner units."""
     path, shape, (slope, intercept) = nifti["path"], nifti["shape"], nifti["scaling"]
     count, offset = math.prod(shape), nifti["offset"]
-    try:  # one byte more than needed: at its end a .gz verifies its checksum
+    with explain(path, "breaks off or cannot be decoded ({error!s:.80}); copy it again"):
+        # One byte more than needed: at its end a .gz verifies its checksum.
         content = read_start(path, offset + count * nifti["dtype"].itemsize + 1)
         voxels = np.frombuffer(content, nifti["dtype"], count, offset)
-    except Exception as error:
-        why = f"breaks off or cannot be decoded ({error!s:.80}); copy it again"
-        raise InputError(path, why) from None
     with np.errstate(all="ignore"):  # what overflows is found below
         voxels = voxels.reshape(shape, order="F").astype(np.float32)
         if slope is not None and (slope, intercept) != (1, 0):
@@ -357,7 +354,7 @@ def read_phases(row):
     """
     warnings, mask, path = [], None, row.get("cine") or row["es"]
     if row.get("cine"):
-        stack = open_nifti(path, dimensions=(4,))
+        stack = open_nifti(path, dimensions=4)
         frames = read_voxels(stack)  # (Z, Y, X, T)
         last, given = frames.shape[3] - 1, {}
         for key in ("ed_frame", "es_frame"):
@@ -404,7 +401,7 @@ def read_phases(row):
 
 
 def motion_box(ed, es, spacing_mm):
-    """Bounding box (3, 2) in voxels of where ED and ES differ, i.e. of the beating heart.
+    """Bounding box (three slices) of where ED and ES differ, i.e. of the beating heart.
 
     In plane: |ED - ES| averaged over slices, smoothed 6 mm, weighted by a 70 mm prior on the image
     centre, above 0.3 of its peak, the component that holds the peak. Along z: the whole stack.
@@ -415,7 +412,7 @@ def motion_box(ed, es, spacing_mm):
     motion = motion * np.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * 70**2))
     parts, _ = ndimage.label(motion > 0.3 * motion.max())
     heart = parts == parts[np.unravel_index(motion.argmax(), motion.shape)]
-    return np.array([[0, len(ed) - 1], *extent(heart)])
+    return slice(0, len(ed)), *ndimage.find_objects(heart, 1)[0]
 
 
 def centered_mm(shape, spacing_mm):
@@ -423,23 +420,11 @@ def centered_mm(shape, spacing_mm):
     return ((np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(shape, spacing_mm, strict=True))
 
 
-def extent(mask):
-    """First and last voxel of a mask along each of its axes."""
-    axes = set(range(mask.ndim))
-    return [np.flatnonzero(mask.any(axis=tuple(axes - {k})))[[0, -1]] for k in sorted(axes)]
-
-
-def blood_pool(volume, box, threshold):
-    """Fraction of bright voxels in a heart's bounding box: follows the ventricles' blood volume."""
-    heart = volume[tuple(slice(low, high + 1) for low, high in box)]
-    return float((heart > threshold).mean())
-
-
 def estimate_es_frame(frames, ed, spacing_mm):
     """Frame of (Z, Y, X, T) with the least blood in the region that moves over the cycle."""
     box = motion_box(frames.max(axis=3), frames.min(axis=3), spacing_mm)
-    middle = np.percentile(ed, [1, 99]).mean()
-    return int(np.argmin([blood_pool(frame, box, middle) for frame in np.moveaxis(frames, 3, 0)]))
+    bright = frames[box] > np.percentile(ed, [1, 99]).mean()
+    return int(bright.sum(axis=(0, 1, 2)).argmin())
 
 
 def sampling_weights(size, spacing_mm, first_mm, new_size, new_spacing_mm):
@@ -487,17 +472,20 @@ def center_heart(phases, grid=GRID, grid_spacing_mm=SPACING_MM):
     Returns dict(ed, es uint8 (Z, Y, X), weights, warnings).
     """
     ed, es, spacing = phases["ed"], phases["es"], phases["spacing_mm"]
-    masked, warnings = phases["mask"] is not None, list(phases["warnings"])
-    box = np.array(extent(phases["mask"])) if masked else motion_box(ed, es, spacing)
-    weights = box_weights(ed.shape, spacing, box.mean(axis=1), grid, grid_spacing_mm)
+    mask, warnings = phases["mask"], list(phases["warnings"])
+    box = motion_box(ed, es, spacing) if mask is None else ndimage.find_objects(mask > 0, 1)[0]
+    ends = np.array([[part.start, part.stop - 1] for part in box])  # (3, 2) first and last voxel
+    weights = box_weights(ed.shape, spacing, ends.mean(axis=1), grid, grid_spacing_mm)
     inside = np.ix_(*(axis.sum(axis=1) > 0.5 for axis in weights))  # the stack, without margin
     new_ed, new_es = resample(ed, weights), resample(es, weights)
     low, high = np.percentile(np.stack([new_ed[inside], new_es[inside]]), [1, 99])
     constant = "shows one constant grey level around the heart; check the image or its mask"
     require(high > low, phases.get("path"), constant)
-    if (np.ptp(box, axis=1)[1:] * spacing[1:] > 0.9 * np.multiply(grid, grid_spacing_mm)[1:]).any():
+    size_mm, room_mm = np.ptp(ends, axis=1) * spacing, np.multiply(grid, grid_spacing_mm)
+    if (size_mm > 0.9 * room_mm)[1:].any():
         warnings.append("the heart touches the border of the box")
-    if blood_pool(es, box, (low + high) / 2) > blood_pool(ed, box, (low + high) / 2):
+    middle = (low + high) / 2
+    if (es[box] > middle).sum() > (ed[box] > middle).sum():  # bright voxels: blood
         warnings.append("ES seems to hold more blood than ED; check that they are not exchanged")
     scaled = (((phase - low) / (high - low)).clip(0, 1) * 255 for phase in (new_ed, new_es))
     ed, es = (np.round(phase).astype(np.uint8) for phase in scaled)
@@ -513,11 +501,8 @@ def read_table(path, required):
     A row that breaks a rule carries its reason under 'wrong', so that the rest can go on.
     """
     require_file(path)
-    try:
+    with explain(path, "is not UTF-8 (byte {error.start}); save it as 'CSV UTF-8'", UnicodeError):
         text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        why = f"is not UTF-8 (byte {error.start}); save it as 'CSV UTF-8'"
-        raise InputError(path, why) from None
     head = text.split("\n", 1)[0]
     comma = ";" if head.count(";") > head.count(",") else ","
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=comma)
@@ -591,7 +576,7 @@ def split_of(subject):
     return "train" if place < 0.70 else "val" if place < 0.85 else "test"
 
 
-def prepare_row(row, manifest, mains_hz=50, grid=GRID, spacing_mm=SPACING_MM):
+def prepare_row(manifest, mains_hz, grid, spacing_mm, row):
     """One manifest row -> one cohort row, or the reason why not; never raises, as others go on."""
     try:
         require("wrong" not in row, manifest, row.get("wrong"))
@@ -654,50 +639,27 @@ def serve():
 
 # ---------------------------------------------------------------- cohort folder
 
+UNWRITABLE = "cannot be written ({error.strerror}); check its permissions and the free space"
+
 
 def write_cohort(folder, prepared, columns, grid, spacing_mm, source):
-    """Write prepared subjects as they come: aside first, renamed when complete.
-
-    prepared: iterable of dict(ecg, ed, es, warnings, row) or dict(id, file, reason); memory does
-    not grow with their number. Returns dict(counts, warnings (Counter), rejected (list)).
-    """
+    """Write subjects as they come: memory does not grow with their arrays. Returns as `collect`."""
     folder = Path(os.path.abspath(folder))
-    aside, old = (folder.with_name(folder.name + end) for end in (".partial", ".old"))
     free = not folder.exists() or (folder / "cohort.json").is_file() or not any(folder.iterdir())
     require(free, folder, "exists and is no cohort; choose another name")
+    layout = {"ecg": ("<i2", ECG_SHAPE), "ed": ("|u1", grid), "es": ("|u1", grid)}
+    with replacing(folder) as aside:
+        files = {name: open(aside / f"{name}.npy", "wb") for name in layout}
 
-    def tidy():  # whatever happened, the old cohort or the new one bears the name
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for leftover in (aside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        def write_headers(count):  # numpy leaves room for the number of rows to grow
+            for name, (kind, shape) in layout.items():
+                head = {"descr": kind, "fortran_order": False, "shape": (count, *shape)}
+                files[name].seek(0)
+                np.lib.format.write_array_header_1_0(files[name], head)
 
-    if aside.exists() or old.exists():
-        print(f"tidying up after an interrupted run that wrote {folder}", file=sys.stderr)
-        tidy()
-    shapes = {"ecg": ECG_SHAPE, "ed": tuple(grid), "es": tuple(grid)}
-    rows, rejected, warnings = [], [], Counter()
-    try:
-        aside.mkdir(parents=True)
-        files = {name: open(aside / f"{name}.npy", "wb") for name in shapes}
-
-        def write_headers():  # numpy leaves room for the number of rows to grow
-            for name, file in files.items():
-                head = {"descr": "<i2" if name == "ecg" else "|u1", "fortran_order": False}
-                file.seek(0)
-                shape = (len(rows), *shapes[name])
-                np.lib.format.write_array_header_1_0(file, {**head, "shape": shape})
-
-        write_headers()
-        for subject in prepared:
-            if "reason" in subject:
-                rejected.append(subject)
-                continue
-            for name, file in files.items():
-                file.write(subject[name].tobytes())
-            rows.append(subject["row"])
-            warnings.update(subject["warnings"])
-        write_headers()
+        write_headers(0)
+        rows, rejected, warnings = collect(prepared, files)
+        write_headers(len(rows))
         for file in files.values():
             file.close()
         reasons = summarize_rejected(rejected)
@@ -710,19 +672,53 @@ def write_cohort(folder, prepared, columns, grid, spacing_mm, source):
         about = {"format_version": FORMAT_VERSION, "grid": grid, "spacing_mm": spacing_mm}
         about |= {"sampling_rate_hz": SAMPLING_RATE_HZ, "leads": LEADS, "source": source}
         (aside / "cohort.json").write_text(json.dumps({**about, "counts": counts}, indent=1))
-        if folder.exists():
-            folder.rename(old)
-        aside.rename(folder)
-    except OSError as error:
-        raise unwritable(folder, error) from None
+    return rows, rejected, warnings
+
+
+def collect(prepared, files):
+    """Append the arrays of prepared subjects to open files, by name, and keep the rest.
+
+    prepared: iterable of dict(ecg, ed, es, warnings, row) or dict(id, file, reason). Returns the
+    rows, the rejected (list of dict(id, file, reason)) and the warnings (Counter).
+    """
+    rows, rejected, warnings = [], [], Counter()
+    for subject in prepared:
+        if "reason" in subject:
+            rejected.append(subject)
+            continue
+        for name, file in files.items():
+            file.write(subject[name].tobytes())
+        rows.append(subject["row"])
+        warnings.update(subject["warnings"])
+    return rows, rejected, warnings
+
+
+@contextmanager
+def replacing(folder):
+    """Give a folder aside, which takes the place of `folder` when all in it is written.
+
+    Whatever happens, even to an earlier run, the old folder or the new one bears the name.
+    """
+    aside, old = (folder.with_name(folder.name + end) for end in (".partial", ".old"))
+
+    def tidy():
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for leftover in (aside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    if aside.exists() or old.exists():
+        print(f"tidying up after an interrupted run that wrote {folder}", file=sys.stderr)
+        tidy()
+    try:
+        with explain(folder, UNWRITABLE, OSError):
+            aside.mkdir(parents=True)
+            yield aside
+            if folder.exists():
+                folder.rename(old)
+            aside.rename(folder)
     finally:
         tidy()
-    return {"counts": counts, "warnings": warnings, "rejected": rejected}
-
-
-def unwritable(where, error):
-    why = f"cannot be written ({error.strerror}); check its permissions and the free space"
-    return InputError(where, why)
 
 
 def write_csv(path, columns, rows):
@@ -735,12 +731,10 @@ def write_csv(path, columns, rows):
 def write(path, save):
     """Call save(file) aside, then rename: no name ever holds half a file."""
     aside = Path(f"{path}.partial")
-    try:
+    with explain(path, UNWRITABLE, OSError):
         with open(aside, "wb") as file:
             save(file)
         aside.replace(path)
-    except OSError as error:
-        raise unwritable(path, error) from None
 
 
 def summarize_rejected(rejected):
@@ -759,18 +753,18 @@ def open_cohort(folder):
     folder = Path(folder)
     about_path, table_path = folder / "cohort.json", folder / "subjects.csv"
     require(about_path.is_file(), folder, "is no cohort (has no cohort.json); see data.py prepare")
-    try:
+    damaged = "is damaged; prepare the cohort again"
+    errors = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+    with explain(about_path, damaged, errors):
         text = about_path.read_bytes()
         about = json.loads(text)
         version, source, kind = about["format_version"], about["source"], about["source"]["kind"]
         grid, spacing_mm = tuple(map(int, about["grid"])), list(map(float, about["spacing_mm"]))
         valid = isinstance(kind, str) and len(grid) == len(spacing_mm) == 3
         valid = valid and min(grid) > 0 and all(0 < mm < 1e3 for mm in spacing_mm)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        version, valid = FORMAT_VERSION, False
     newer = f"has format {version}, this code reads {FORMAT_VERSION}; update the code"
     require(version == FORMAT_VERSION, folder, newer)
-    require(valid, about_path, "is damaged; prepare the cohort again")
+    require(valid, about_path, damaged)
     rows = read_table(table_path, ("id", "split"))
     names = [name for name in rows[0] if name not in ("id", "split", "line", "wrong")]
     for row in rows:
@@ -780,11 +774,8 @@ def open_cohort(folder):
     columns = {name: np.array([number(row[name]) for row in rows]) for name in names}
     for name, shape in (("ecg", ECG_SHAPE), ("ed", grid), ("es", grid)):
         path, wanted = folder / f"{name}.npy", (np.int16 if name == "ecg" else np.uint8)
-        try:
+        with explain(path, "is missing or damaged ({error!s:.80}); prepare again"):
             array = np.lib.format.open_memmap(path, mode="r")
-        except Exception as error:
-            why = f"is missing or damaged ({error!s:.80}); prepare again"
-            raise InputError(path, why) from None
         fits = array.dtype == wanted and array.shape == (len(rows), *shape)
         found = f"is {array.dtype} {array.shape}; subjects.csv and cohort.json"
         needed = f"{found} need {wanted.__name__} {(len(rows), *shape)}; prepare again"
@@ -808,9 +799,10 @@ def find_cohort(data=None):
     A manifest is prepared once into cohorts/ with the default grid and a 50 Hz notch; others need
     data.py prepare. Returns and raises as open_cohort does.
     """
-    if data and Path(data).is_dir():
-        return open_cohort(data)
-    if data:
+    folder = Path(data or "cohorts/synthetic-3000-0")
+    if not data and not folder.exists():
+        synthesize(folder, subjects=3000, seed=0)
+    if data and not folder.is_dir():
         manifest = read_manifest(data)
         state = hashlib.sha256(Path(data).read_bytes())  # and of size and date of every file:
         for row in manifest["rows"]:
@@ -821,10 +813,6 @@ def find_cohort(data=None):
         folder = Path("cohorts") / f"{Path(data).stem}-{state.hexdigest()[:8]}"
         if not folder.exists():
             prepare(data, folder)
-    else:
-        folder = Path("cohorts/synthetic-3000-0")
-        if not folder.exists():
-            synthesize(folder, subjects=3000, seed=0)
     return open_cohort(folder)
 
 
@@ -868,13 +856,13 @@ def read_ahead(load, tasks):
     The thread works alone: a second team of threads would compete with that of the step.
     """
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
-        waiting = deque()
+        ahead = None
         for task in tasks:
-            waiting.append(thread.submit(load, task))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            ready, ahead = ahead, thread.submit(load, task)
+            if ready:
+                yield ready.result()
+        if ahead:
+            yield ahead.result()
 
 
 @lru_cache
@@ -1052,9 +1040,8 @@ def simulate_ecg(heart, rng):
     for size_mv, hertz in ((0.10, rng.uniform(0.1, 0.4)), (0.012, 50)):  # baseline wander, mains
         turn = 2 * np.pi * hertz * seconds
         leads += size_mv * normal((8, 2)) @ np.stack([np.sin(turn), np.cos(turn)])
-    one, two = leads[0], leads[1]
-    limb = np.stack([one, two, two - one, -(one + two) / 2, one - two / 2, two - one / 2])
-    return np.round(np.concatenate([limb, leads[2:]]) / 0.005) * 0.005
+    ecg_mv = np.concatenate([leads[:2], LIMB_LEADS @ leads[:2], leads[2:]])
+    return np.round(ecg_mv / 0.005) * 0.005
 
 
 def phantom(heart, rng):
@@ -1140,7 +1127,7 @@ def phantom(heart, rng):
 
 
 def simulate_cmr(heart, rng):
-    """The phantom as scanned: dict(ed, es int16 (Z, Y, X), mask at ED: 1 RV, 2 wall, 3 LV)."""
+    """The phantom as scanned, as read_phases gives it, but the mask: at ED, 1 RV, 2 wall, 3 LV."""
     tissues = phantom(heart, rng)
     y, x = centered_mm(STACK[1:], STACK_MM[1:])
     y, x = y[:, None] + 3 * rng.standard_normal(), x + 4 * rng.standard_normal()
@@ -1169,37 +1156,29 @@ def simulate_cmr(heart, rng):
             heart += (level * grain - heart) * parts[tissue]
         noise = np.float32(sigma) * rng.standard_normal((2, *STACK), dtype=np.float32)
         rician = np.sqrt((picture * bias + noise[0]) ** 2 + noise[1] ** 2)
-        phases[phase] = np.round(scale * rician).astype(np.int16)
+        phases[phase] = np.round(scale * rician).astype(np.float32)  # whole grey levels
     labels = np.zeros(STACK, np.uint8)
     for label, tissue in enumerate(("rv", "myocardium", "lv"), start=1):
         labels[HEART][tissues["ed"][tissue] > 0.5] = label
-    return {**phases, "mask": labels}
+    return {**phases, "mask": labels, "spacing_mm": np.array(STACK_MM), "warnings": []}
 
 
 def simulate(seed, subject):
-    """One synthetic subject as raw data: dict(id, heart, ecg_mv (12, 5000) at 500 Hz, phases).
-
-    The phases are as read_phases gives them.
-    """
-    heart = draw_heart(seed, subject)
-    cmr = simulate_cmr(heart, np.random.default_rng([seed, subject, 1]))
-    ecg = simulate_ecg(heart, np.random.default_rng([seed, subject, 2]))
-    phases = {name: cmr[name].astype(np.float32) for name in ("ed", "es")}
-    phases |= {"spacing_mm": np.array(STACK_MM), "mask": cmr["mask"], "warnings": []}
-    return {"id": f"{subject:06d}", "heart": heart, "ecg_mv": ecg, "phases": phases}
+    """One synthetic subject as raw data: dict(row, heart, ecg_mv (12, 5000) at 500 Hz, phases)."""
+    heart, name = draw_heart(seed, subject), f"{subject:06d}"
+    phases = simulate_cmr(heart, np.random.default_rng([seed, subject, 1]))
+    ecg_mv = simulate_ecg(heart, np.random.default_rng([seed, subject, 2]))
+    texts = {column: f"{heart[column]:.5g}" for column in SYNTHETIC_COLUMNS}
+    row = {"id": name, "split": split_of(name), **texts}
+    return {"row": row, "heart": heart, "ecg_mv": ecg_mv, "phases": phases}
 
 
-def simulate_row(seed, subject, grid, spacing_mm):
+def simulate_row(seed, grid, spacing_mm, subject):
     """One synthetic subject as a cohort row, through the same cleaning as real files."""
     raw = simulate(seed, subject)
-    row = {"id": raw["id"], "split": split_of(raw["id"]), **describe(raw["heart"])}
-    ecg, heart = clean_ecg(raw["ecg_mv"], 500), center_heart(raw["phases"], grid, spacing_mm)
-    return {"row": row, "ecg": ecg["ecg"], "ed": heart["ed"], "es": heart["es"], "warnings": []}
-
-
-def describe(heart):
-    """The columns of subjects.csv: covariates, phenotypes and outcomes as text."""
-    return {name: f"{value:.5g}" for name, value in heart.items() if name in SYNTHETIC_COLUMNS}
+    ecg = clean_ecg(raw["ecg_mv"], 500)["ecg"]
+    heart = center_heart(raw["phases"], grid, spacing_mm)
+    return {"row": raw["row"], "ecg": ecg, "ed": heart["ed"], "es": heart["es"], "warnings": []}
 
 
 XML = """<?xml version="1.0" encoding="ISO-8859-1"?>
@@ -1221,7 +1200,7 @@ def write_demo(folder, subjects, seed=0):
     rows = []
     for subject in range(subjects):
         raw = simulate(seed, subject)
-        name, files = raw["id"], {}
+        name, files = raw["row"]["id"], {}
         for phase in ("ed", "es", "mask"):
             volume = raw["phases"][phase].transpose(2, 1, 0).astype(np.int16)
             files[phase] = f"{name}_{phase}.nii.gz"
@@ -1241,8 +1220,9 @@ def write_demo(folder, subjects, seed=0):
             text = "\n".join([f"{name} 12 500 {ecg_uv.shape[1]}", *lines, ""])
             files["ecg"] = f"{name}.hea"
         (folder / files["ecg"]).write_text(text)
-        rows.append({"id": name, **files, **describe(raw["heart"])})
-    write_csv(folder / "manifest.csv", list(rows[0]), rows)
+        rows.append(raw["row"] | files)
+    columns = ["id", "ed", "es", "mask", "ecg", *SYNTHETIC_COLUMNS]  # split: by the hash of the id
+    write_csv(folder / "manifest.csv", columns, rows)
 
 
 # ---------------------------------------------------------------- commands
@@ -1254,26 +1234,22 @@ def prepare(manifest, folder, workers=None, mains_hz=50, grid=GRID, spacing_mm=S
     Without a folder every row is prepared in memory and only reported. Returns how many are bad.
     """
     table = read_manifest(manifest)
-    how = {"mains_hz": mains_hz, "grid": grid, "spacing_mm": spacing_mm}
-    task = partial(prepare_row, manifest=manifest, **how)
+    task = partial(prepare_row, manifest, mains_hz, grid, spacing_mm)
     prepared = in_parallel(task, table["rows"], workers, "preparing" if folder else "checking")
     if folder:
         source = {"kind": "manifest", "manifest": str(manifest), "mains_hz": mains_hz}
-        result = write_cohort(folder, prepared, table["columns"], grid, spacing_mm, source)
+        made = write_cohort(folder, prepared, table["columns"], grid, spacing_mm, source)
     else:
-        result = {"rejected": [], "warnings": Counter(), "counts": Counter()}
-        for subject in prepared:
-            result["rejected"] += [subject] if "reason" in subject else []
-            result["counts"].update([subject["row"]["split"]] if "row" in subject else [])
-            result["warnings"].update(subject.get("warnings", []))
-    lines = report(result["rejected"], result["warnings"])
-    empty = ", ".join(name for name in SPLITS if not result["counts"][name])
+        made = collect(prepared, files={})
+    rows, rejected, warnings = made
+    lines = report(rejected, warnings)
+    filled = {row["split"] for row in rows}
+    empty = ", ".join(name for name in SPLITS if name not in filled)
     lines += [f"warning: no subject is left for {empty}; see the column split"] if empty else []
     lines += [f"column {name} holds no numbers and is ignored" for name in table["ignored"]]
     print("\n".join(lines) or "nothing to report")
-    bad, count = len(result["rejected"]), len(table["rows"])
-    print(f"{folder or manifest}: {count - bad} of {count} rows are usable")
-    return bad
+    print(f"{folder or manifest}: {len(rows)} of {len(table['rows'])} rows are usable")
+    return len(rejected)
 
 
 def report(rejected, warnings):
@@ -1285,7 +1261,7 @@ def report(rejected, warnings):
 
 def synthesize(folder, subjects, seed=0, workers=None, grid=GRID, spacing_mm=SPACING_MM):
     """A synthetic cohort folder; subject i depends on (seed, i) alone."""
-    task = partial(simulate_row, seed, grid=grid, spacing_mm=spacing_mm)
+    task = partial(simulate_row, seed, grid, spacing_mm)
     prepared = in_parallel(task, range(subjects), workers, "synthesizing")
     source = {"kind": "synthetic", "subjects": subjects, "seed": seed}
     write_cohort(folder, prepared, SYNTHETIC_COLUMNS, grid, spacing_mm, source)

@@ -50,8 +50,8 @@ def main():
 
     torch.manual_seed(args.seed)
     model = models.DualPhase(args.phases, amp=args.amp).to(device)
-    groups, fused = parameter_groups(model, args.weight_decay), device.type != "mps"
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=fused)
+    groups = parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")
     done = {"epoch": 0, "step": 0, "sums": {}, "log": [], "best": math.inf}
     if chief:
         Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -71,8 +71,8 @@ def main():
     pieces = math.ceil(part / (args.micro_batch or part))
     stop, names = stop_on_signal(), ("ecg", *args.phases)
 
-    def load(subjects, epoch):  # on a thread, ahead of the step
-        draws = (args.seed, epoch)
+    def load(subjects, epoch=None):  # on a thread, ahead of the step; validation as it is stored
+        draws = None if epoch is None else (args.seed, epoch)
         return data.read_batch(cohort, subjects, device, partner[subjects], names, draws)
 
     if chief:
@@ -90,6 +90,8 @@ def main():
         stream = data.read_ahead(partial(load, epoch=epoch), tasks)
         model.train()
         for _ in batches:
+            if stop_requested(stop, world):
+                return leave(args, cohort, model, optimizer, done, chief)
             rate = learning_rate(args, epoch + done["step"] / steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -104,14 +106,12 @@ def main():
             if chief and sys.stderr.isatty():
                 text = f"epoch {epoch + 1} step {done['step']}/{steps} loss {terms['total']:.3f}  "
                 print(text, end="\r", file=sys.stderr)
-            if done["step"] < steps and stop_requested(stop, world):
-                return leave(args, cohort, model, optimizer, done, chief)
 
         row = {"epoch": epoch + 1, "lr": rate}
         row |= {name: total / steps for name, total in done["sums"].items()}
         done = done | {"epoch": epoch + 1, "step": 0, "sums": {}}
         if chief:
-            row |= validate(model, cohort, rows["val"], partner, args, device)
+            row |= validate(model, load, rows["val"], args)
             row["seconds"] = time.time() - epoch_started
             score = row.get("val_total", row["total"])
             improved = score < done["best"]
@@ -120,8 +120,6 @@ def main():
             save(files, args, cohort, model, optimizer, done)
             left = (time.time() - started) / (epoch + 1 - first) * (args.epochs - epoch - 1)
             print(describe(row, args, left), flush=True)
-        if epoch + 1 < args.epochs and stop_requested(stop, world):
-            return leave(args, cohort, model, optimizer, done, chief)
     if chief:
         draw_curves(args, cohort, done["log"])
         print(f"wrote {args.out}; next: python evaluate.py {args.out}")
@@ -201,12 +199,11 @@ def start_processes(device):
 def choose_batch_size(wanted, subjects, processes):
     """The global batch size: --batch-size, or 64 where there are as many training subjects."""
     size = wanted or min(64, subjects) // processes * processes
-    few = f"{subjects} training subjects are too few for contrast"
-    data.require(size >= 2, "--data", few)
+    data.require(size >= 2, "--data", f"{subjects} training subjects are too few for contrast")
     many = f"{size} exceeds the {subjects} training subjects"
     data.require(size <= subjects, "--batch-size", many)
-    uneven = f"{size} is no multiple of {processes} processes"
-    data.require(size % processes == 0, "--batch-size", uneven)
+    uneven = size % processes
+    data.require(not uneven, "--batch-size", f"{size} is no multiple of {processes} processes")
     return size
 
 
@@ -235,19 +232,15 @@ def learning_rate(args, epoch):
 
 
 @torch.no_grad()
-def validate(model, cohort, rows, partner, args, device):
+def validate(model, load, rows, args):
     """Loss terms and top-1 retrieval in equal parts of at most a batch, without augmentation.
 
-    Returns {val_total, val_ecg_ed, ... in nats, val_top1_ecg_ed, ..., val_top1_chance in 0..1};
-    nothing with fewer than 2 subjects.
+    load: rows -> batch. Returns {val_total, val_ecg_ed, ... in nats, val_top1_ecg_ed, ...,
+    val_top1_chance in 0..1}; nothing with fewer than 2 subjects.
     """
     if len(rows) < 2:
         return {}
     model.eval()
-
-    def load(subjects):
-        return data.read_batch(cohort, subjects, device, partner[subjects], ("ecg", *args.phases))
-
     pieces = np.array_split(rows, math.ceil(len(rows) / (args.micro_batch or args.batch_size)))
     encoded = [model(batch) for batch in data.read_ahead(load, pieces)]
     features = {name: torch.cat([piece[name] for piece in encoded]) for name in encoded[0]}
@@ -345,16 +338,15 @@ def resume(args, cohort, model, optimizer):
         if saved["cohort"] != cohort["fingerprint"]:
             former = saved["args"]["data"]
             differing.append(f"--data was {former}, is {cohort['folder']} or changed")
-        text = "; ".join(differing) + "; repeat the run's arguments"
-        data.require(not differing, "--resume", text)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        return {name: saved[name] for name in ("epoch", "step", "sums", "log", "best")}
-    except data.InputError:
-        raise
+        if not differing:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            done = {name: saved[name] for name in ("epoch", "step", "sums", "log", "best")}
     except Exception as error:
         reason = f"is damaged or of another model ({type(error).__name__}); use --overwrite"
         raise data.InputError(path, reason) from None
+    data.require(not differing, "--resume", "; ".join([*differing, "repeat the run's arguments"]))
+    return done
 
 
 def draw_curves(args, cohort, log):
