@@ -96,7 +96,8 @@ def read_ecg(path):
     reader = {".xml": read_cardiosoft, ".hea": read_wfdb}.get(path.suffix.lower())
     require(reader, path, "is neither CardioSoft .xml nor WFDB .hea; convert it to one of them")
     require_ecg_file(path)
-    leads, rate = reader(path)
+    raw = reader(path)
+    leads, rate = raw["leads"], raw["sampling_rate_hz"]
     names = Counter(name for name, _ in leads)
     wrong = ", ".join(f"{name} {names[name]} times" for name in LEADS if names[name] != 1)
     lengths = sorted({len(samples) for _, samples in leads})
@@ -126,7 +127,7 @@ def canonical_lead(name):
 def read_cardiosoft(path):
     """GE CardioSoft XML (UK Biobank field 20205): the 10 s rhythm of StripData, never median beats.
 
-    Returns, as read_wfdb does, a list of (lead, samples (T,) in mV) and the sampling rate in Hz.
+    Returns, as read_wfdb does, dict(leads: list of (name, samples (T,) in mV), sampling_rate_hz).
     """
     content = path.read_bytes()
     entities = b"<!ENTITY" in content.replace(b"\0", b"")  # as UTF-16, too
@@ -150,7 +151,7 @@ def read_cardiosoft(path):
             why = f"lead {name} holds a sample that is no integer ({error!s:.80}); {again}"
             raise InputError(path, why) from None
         leads.append((name, samples * (step_uv / 1000)))
-    return leads, rate
+    return {"leads": leads, "sampling_rate_hz": rate}
 
 
 # file, format 16 (samples a frame, byte offset), gain (baseline) / unit, the rest
@@ -203,7 +204,7 @@ def read_wfdb(path):
         samples[samples == -32768] = np.nan  # the standard's mark of a missing sample
         for row, (lead, zero, scale, _) in zip(samples, own, strict=True):
             leads.append((lead, (row - zero) * scale))
-    return leads, rate
+    return {"leads": leads, "sampling_rate_hz": rate}
 
 
 def clean_ecg(ecg_mv, sampling_rate_hz, mains_hz=50, where="ECG"):
@@ -658,7 +659,8 @@ def write_cohort(folder, prepared, columns, grid, spacing_mm, source):
                 np.lib.format.write_array_header_1_0(files[name], head)
 
         write_headers(0)
-        rows, rejected, warnings = collect(prepared, files)
+        kept = collect(prepared, files)
+        rows, rejected = kept["rows"], kept["rejected"]
         write_headers(len(rows))
         for file in files.values():
             file.close()
@@ -672,14 +674,14 @@ def write_cohort(folder, prepared, columns, grid, spacing_mm, source):
         about = {"format_version": FORMAT_VERSION, "grid": grid, "spacing_mm": spacing_mm}
         about |= {"sampling_rate_hz": SAMPLING_RATE_HZ, "leads": LEADS, "source": source}
         (aside / "cohort.json").write_text(json.dumps({**about, "counts": counts}, indent=1))
-    return rows, rejected, warnings
+    return kept
 
 
 def collect(prepared, files):
     """Append the arrays of prepared subjects to open files, by name, and keep the rest.
 
-    prepared: iterable of dict(ecg, ed, es, warnings, row) or dict(id, file, reason). Returns the
-    rows, the rejected (list of dict(id, file, reason)) and the warnings (Counter).
+    prepared: iterable of dict(ecg, ed, es, warnings, row) or dict(id, file, reason). Returns
+    dict(rows, rejected (list of dict(id, file, reason)), warnings (Counter)).
     """
     rows, rejected, warnings = [], [], Counter()
     for subject in prepared:
@@ -690,7 +692,7 @@ def collect(prepared, files):
             file.write(subject[name].tobytes())
         rows.append(subject["row"])
         warnings.update(subject["warnings"])
-    return rows, rejected, warnings
+    return {"rows": rows, "rejected": rejected, "warnings": warnings}
 
 
 @contextmanager
@@ -1241,15 +1243,14 @@ def prepare(manifest, folder, workers=None, mains_hz=50, grid=GRID, spacing_mm=S
         made = write_cohort(folder, prepared, table["columns"], grid, spacing_mm, source)
     else:
         made = collect(prepared, files={})
-    rows, rejected, warnings = made
-    lines = report(rejected, warnings)
-    filled = {row["split"] for row in rows}
+    lines = report(made["rejected"], made["warnings"])
+    filled = {row["split"] for row in made["rows"]}
     empty = ", ".join(name for name in SPLITS if name not in filled)
     lines += [f"warning: no subject is left for {empty}; see the column split"] if empty else []
     lines += [f"column {name} holds no numbers and is ignored" for name in table["ignored"]]
     print("\n".join(lines) or "nothing to report")
-    print(f"{folder or manifest}: {len(rows)} of {len(table['rows'])} rows are usable")
-    return len(rejected)
+    print(f"{folder or manifest}: {len(made['rows'])} of {len(table['rows'])} rows are usable")
+    return len(made["rejected"])
 
 
 def report(rejected, warnings):
