@@ -42,19 +42,16 @@ COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #999999 #000000 #F0E44
 def load_run(folder):
     """A run folder's best model: dict(name, folder, model, args, cohort (fingerprint), grid)."""
     path = Path(folder) / "best.pt"
-    if not path.is_file():
-        raise data.InputError(folder, "holds no trained run (no best.pt); train one with train.py")
-    try:
-        with warnings.catch_warnings():  # weights_only: a foreign checkpoint must not run code
-            warnings.simplefilter("ignore")
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+    untrained = "holds no trained run (no best.pt); train one with train.py"
+    data.require(path.is_file(), folder, untrained)
+    foreign = "is damaged or not of this code's architecture ({error.__class__.__name__})"
+    with data.explain(path, f"{foreign}; train again"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
         model = models.DualPhase([name for name in ("ed", "es") if name in saved["args"]["phases"]])
         model.load_state_dict(saved["model"])
         run = {"args": saved["args"], "cohort": saved["cohort"], "grid": saved.get("grid")}
-        return run | {"name": path.parent.resolve().name, "folder": path.parent, "model": model}
-    except Exception as error:
-        text = f"is damaged or not of this code's architecture ({type(error).__name__})"
-        raise data.InputError(path, f"{text}; train again") from None
+    return run | {"name": path.parent.resolve().name, "folder": path.parent, "model": model}
 
 
 def choose_cohort(path, runs):
@@ -82,26 +79,22 @@ def batches(cohort, rows, device, names):
 
 @torch.no_grad()
 def extract(model, cohort, device, names=("ecg", "ed", "es")):
-    """Features and embeddings of every subject by a frozen model: two dicts {name: (N, 128)}.
+    """Every subject seen by a frozen model: dict(features, embeddings), each {name: (N, 128)}.
 
     Frozen means frozen: a parameter or buffer that changes meanwhile is an error.
     """
     model = model.to(device).eval()  # in training mode, batch statistics would drift
     before = copy.deepcopy(model.state_dict())
-    names, parts = [name for name in names if name in model.encoders], []
-    for batch in batches(cohort, np.arange(len(cohort["ids"])), device, names):
-        features = model(batch)
-        parts.append((features, model.embed(features)))
+    stream = batches(cohort, np.arange(len(cohort["ids"])), device, names)
+    parts = [model(batch) for batch in stream]
+    features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    embeddings = {name: x.cpu() for name, x in model.embed(features).items()}
     if any(not torch.equal(before[key], value) for key, value in model.state_dict().items()):
         raise RuntimeError("the frozen encoder changed while features were extracted")
-
-    def joined(k):
-        return {name: torch.cat([part[k][name] for part in parts]).cpu() for name in names}
-
-    features = {name: x.numpy() for name, x in joined(0).items()}
-    if not all(np.isfinite(x).all() for x in features.values()):
-        raise data.InputError("best.pt", "gives features that are not finite; train again")
-    return features, joined(1)
+    finite = all(x.isfinite().all() for x in features.values())
+    data.require(finite, "best.pt", "gives features that are not finite; train again")
+    arrays = {name: x.cpu().numpy() for name, x in features.items()}
+    return {"features": arrays, "embeddings": embeddings}
 
 
 # ---------------------------------------------------------------- probes and scores
@@ -382,7 +375,7 @@ def predict(run, cohort, rows, table, device):
     Writes predictions.csv beside the table of ids and ECGs. The 95 % interval of a phenotype is the
     prediction +- the 95 % quantile of absolute validation residuals (split conformal).
     """
-    known = extract(run["model"], cohort, device, ("ecg",))[0]["ecg"]
+    known = extract(run["model"], cohort, device, ("ecg",))["features"]["ecg"]
     ids, new, rejected, doubts = [], [], [], Counter()
     for row in data.read_table(table, ("id", "ecg")):
         path = Path(table).parent / row.get("ecg", "")
@@ -401,8 +394,7 @@ def predict(run, cohort, rows, table, device):
         ids.append(row["id"])
     for line in data.report(rejected, doubts):
         print(line, file=sys.stderr)
-    if not new:
-        raise data.InputError(table, "names no readable ECG; the reasons stand above")
+    data.require(new, table, "names no readable ECG; the reasons stand above")
     x, columns = standardise(np.concatenate([known, *new]), rows["train"]), {"id": ids}
     for target in cohort["phenotypes"] + cohort["outcomes"]:
         y = np.concatenate([cohort["columns"][target], np.full(len(new), np.nan)])
@@ -461,8 +453,11 @@ def bars(methods, title):
     return figure
 
 
-def label_figure(curve, sizes, target, title):
-    """R^2 of one phenotype against the number of labels; sizes: {budget: subjects}."""
+def label_figure(curve, own, rows, note):
+    """R^2 of LVEF, or else of the first phenotype, against the number of labels."""
+    target = min(own, key=lambda name: "LVEF" not in name)
+    everyone = len(rows["train"]) + len(rows["val"])
+    sizes = {n: everyone if n == "all" else int(n) for n in curve}
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axis = figure.subplots()
     for k, method in enumerate(dict.fromkeys(m for table in curve.values() for m in table)):
@@ -474,7 +469,8 @@ def label_figure(curve, sizes, target, title):
     axis.set_xscale("log")
     axis.set_xticks([], minor=True)
     axis.set_xticks([*sizes.values()], [*sizes.values()])
-    axis.set(xlabel="labelled subjects, validation included", title=title, ylim=(-0.2, 1))
+    axis.set(xlabel="labelled subjects, validation included", ylim=(-0.2, 1))
+    axis.set_title(f"How many labels it takes{note}")
     axis.set_ylabel(f"R² of {label(target)} on test\n(mean and spread of draws)")
     axis.legend(frameon=False, ncols=2)
     return figure
@@ -525,6 +521,23 @@ def gallery(cohort, embeddings, rows, title):
             own = f"retrieved {k}" + " (own)" * int(subject == query) if k else "own heart"
             axis.set_title(own, fontsize=9)
     return figure
+
+
+def figures(metrics, results, first, cohort, rows, embeddings):
+    """Every picture by name; None where there is nothing to draw."""
+    drawn = dict.fromkeys(("probe", "latents", "scatter", "labels", "gallery"))
+    note, own = f" ({cohort['source']['kind']} cohort)", results[first]["probe"]
+    if own:
+        shown = {name: result["probe"] for name, result in results.items() if name != "mean"}
+        drawn["probe"] = bars(shown, f"What a linear probe reads from the ECG{note}")
+        shown = {key.upper(): table for key, table in metrics["runs"][first]["latents"].items()}
+        drawn["latents"] = bars({"ECG": own} | shown, f"What the latents of {first} know{note}")
+        drawn["scatter"] = scatter(results[first], cohort, rows, f"{first} on test{note}")
+    if own and metrics["labels"]:
+        drawn["labels"] = label_figure(metrics["labels"], own, rows, note)
+    if len(rows["test"]) > 1:
+        drawn["gallery"] = gallery(cohort, embeddings, rows["test"], f"Retrieval{note}")
+    return drawn
 
 
 def cell(entry, key, form=".2f"):
@@ -598,8 +611,8 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="default 0")
     add("--predict", metavar="CSV", help="phenotypes of new ECGs (columns id, ecg), nothing else")
     args = parser.parse_args()
-    if args.bootstrap < 1 or args.seed < 0:
-        raise data.InputError("--bootstrap, --seed", "must be at least 1 and 0")
+    valid = args.bootstrap >= 1 and args.seed >= 0
+    data.require(valid, "--bootstrap, --seed", "must be at least 1 and 0")
     return args
 
 
@@ -612,7 +625,8 @@ def make_baselines(args, cohort, rows, ecg, first, device):
         x = baselines["covariates"] = np.where(np.isnan(x), average, x)
         baselines[f"covariates+{first}"] = np.hstack([x, ecg])
     torch.manual_seed(args.seed)
-    baselines["random_encoder"] = extract(models.DualPhase(()), cohort, device)[0]["ecg"]
+    untrained = models.DualPhase(())
+    baselines["random_encoder"] = extract(untrained, cohort, device)["features"]["ecg"]
     if args.supervised:
         tell("supervised on all labels")
         baselines["supervised"] = train_supervised(cohort, rows, device, args.seed)["outputs"]
@@ -633,24 +647,24 @@ def main():
         predict(runs[first], cohort, rows, args.predict, device)
         return 0
     for count in args.labels:
-        if count != "all" and not (count.isdecimal() and 20 <= int(count) <= len(rows["train"])):
-            text = f"{count} is neither all nor a number from 20 to the {len(rows['train'])}"
-            raise data.InputError("--labels", f"{text} training subjects")
+        possible = count == "all" or count.isdecimal() and 20 <= int(count) <= len(rows["train"])
+        wrong = f"{count} is neither all nor a number from 20 to the {len(rows['train'])}"
+        data.require(possible, "--labels", f"{wrong} training subjects")
     targets = cohort["phenotypes"] + cohort["outcomes"]
     if args.supervised and not (targets and len(rows["train"]) >= 8 and len(rows["val"])):
         tell("supervised needs targets, 8 training and some validation subjects: left out")
         args.supervised = False
 
-    metrics = defaultdict(dict)
+    metrics, counts = defaultdict(dict), resamples(len(rows["test"]), args.bootstrap, args.seed)
     results, encoders, arrays, embeddings = {}, {}, {}, {}
-    counts = resamples(len(rows["test"]), args.bootstrap, args.seed)
 
     def test(x, outcomes=True):
         return probe(standardise(x, rows["train"]), cohort, rows, counts, outcomes)
 
     for name, run in runs.items():
         tell(f"features of {name}")
-        features, embeddings[name] = extract(run["model"], cohort, device)
+        found = extract(run["model"], cohort, device)
+        features, embeddings[name] = found["features"], found["embeddings"]
         arrays |= {key if name == first else f"{name}.{key}": x for key, x in features.items()}
         encoders[name] = features.pop("ecg")
         results[name] = test(encoders[name])
@@ -677,29 +691,14 @@ def main():
     encoders |= {k: x for k, x in baselines.items() if k in ("random_encoder", "supervised")}
     metrics["labels"] = label_curve(encoders, cohort, rows, args.labels, device, args.seed)
 
-    out, note = runs[first]["folder"] / "eval", f" ({cohort['source']['kind']} cohort)"
+    out = runs[first]["folder"] / "eval"
     out.mkdir(exist_ok=True)
     text = table_text(metrics, cohort, rows, first)
     data.write(out / "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
     data.write(out / "table.md", lambda file: file.write(text.encode()))
     arrays |= {"id": np.array(cohort["ids"]), "split": cohort["split"]}
     data.write(out / "features.npz", lambda file: np.savez(file, **arrays))
-    figures = dict.fromkeys(("probe", "latents", "scatter", "labels", "gallery"))
-    if own := results[first]["probe"]:
-        shown = {name: results[name]["probe"] for name in results if name != "mean"}
-        figures["probe"] = bars(shown, f"What a linear probe reads from the ECG{note}")
-        shown = {k.upper(): t for k, t in metrics["runs"][first]["latents"].items()}
-        figures["latents"] = bars({"ECG": own} | shown, f"What the latents of {first} know{note}")
-        figures["scatter"] = scatter(results[first], cohort, rows, f"{first} on test{note}")
-    if own and args.labels:
-        everyone = len(rows["train"]) + len(rows["val"])
-        sizes = {n: everyone if n == "all" else int(n) for n in args.labels}
-        target = min(own, key=lambda name: "LVEF" not in name)  # or else the first
-        title = f"How many labels it takes{note}"
-        figures["labels"] = label_figure(metrics["labels"], sizes, target, title)
-    if len(rows["test"]) > 1:
-        figures["gallery"] = gallery(cohort, embeddings[first], rows["test"], f"Retrieval{note}")
-    for name, figure in figures.items():
+    for name, figure in figures(metrics, results, first, cohort, rows, embeddings[first]).items():
         if figure:
             data.write(out / f"{name}.png", partial(figure.savefig, dpi=100, format="png"))
         else:  # no figure of an earlier evaluation may stay

@@ -364,7 +364,7 @@ def test_prediction_interval_holds_for_about_95_percent(cohort, tmp_path, monkey
     split = np.repeat(["train", "val", "test"], [300, 300, 400])
     table = cohort | {"columns": {"LVEF_pct": y}, "phenotypes": ["LVEF_pct"], "outcomes": []}
     x = y[:, None].repeat(128, 1) + np.random.default_rng(1).normal(size=(n, 1)) * 0.5
-    monkeypatch.setattr(evaluate, "extract", lambda *a: ({"ecg": x}, {}))
+    monkeypatch.setattr(evaluate, "extract", lambda *a: {"features": {"ecg": x}})
     data.write_demo(tmp_path / "demo", subjects=1)
     run = {"model": models.DualPhase(())}
     rows = split_rows({"split": split})
