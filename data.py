@@ -873,7 +873,7 @@ def noise_table(seed, device):
 
 
 def augment(stored, rows, seed, epoch):
-    """Vary subjects as a repeated examination would: a batch as read_batch gives it.
+    """Vary subjects as a repeated examination would: a batch in the shapes and units of read_batch.
 
     stored: the arrays of the cohort's files, ecg int16 (B, 12, 2500) in microvolt and perhaps ed
     and es uint8 (B, Z, Y, X). Draws depend on (seed, epoch, subject) only; rows (B,): the subjects'

@@ -72,7 +72,7 @@ def ecg_encoder():
 
 
 def cmr_encoder():
-    """(B, 1, 12, 64, 64) in 0..1 -> stem (B, 32, 3, 8, 8) -> (B, 128, 1, 2, 2) -> (B, 128)."""
+    """(B, 1, 12, 64, 64) grey levels -> stem (B, 32, 3, 8, 8) -> (B, 128, 1, 2, 2) -> (B, 128)."""
     net = ResNet(3, 1, (4, 8, 8), (32, 64, FEATURES), 3)
     return net.to(memory_format=torch.channels_last_3d)  # a quarter faster on CPUs with AVX-512
 

@@ -64,8 +64,9 @@ def main():
         model.compile()
     encode = model
     if world["size"] > 1:
-        views = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-        encode = DistributedDataParallel(model, **views)
+        encode = DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     part = args.batch_size // world["size"]  # of each global batch, for this process
     own = slice(world["rank"] * part, (world["rank"] + 1) * part)
     pieces = math.ceil(part / (args.micro_batch or part))
@@ -353,7 +354,7 @@ def draw_curves(args, cohort, log):
     """curves.png: loss terms beside ln B, and top-1 retrieval beside chance, over epochs."""
     from matplotlib.figure import Figure  # slow to import, needed only here
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     figure.suptitle(f"{args.out} ({cohort['source']['kind']} cohort)")
     left, right = figure.subplots(1, 2)
     names = {"total": "total", "ecg_ed": "ECG–ED", "ecg_es": "ECG–ES", "ed_es": "ED–ES"}
@@ -371,7 +372,7 @@ def draw_curves(args, cohort, log):
     right.set_ylabel("validation: own heart first in its batch")
     for axis in (left, right):
         if axis.lines:
-            axis.legend()
+            axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
     data.write(Path(args.out) / "curves.png", partial(figure.savefig, dpi=110, format="png"))
 
 
