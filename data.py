@@ -78,6 +78,11 @@ def require(holds, where, why):
         raise InputError(where, why)
 
 
+def require_file(path):
+    require(not os.path.isdir(path), path, "is a folder; name the file in it")
+    require(os.path.isfile(path), path, "does not exist; correct the path")
+
+
 @contextmanager
 def explain(where, why, errors=Exception):
     """What fails in the block becomes an InputError, in whose `why` {error} is what was raised."""
@@ -108,11 +113,6 @@ def read_ecg(path):
     return {"ecg_mv": np.stack([leads[name] for name in LEADS]), "sampling_rate_hz": rate}
 
 
-def require_file(path):
-    require(not os.path.isdir(path), path, "is a folder; name the file in it")
-    require(os.path.isfile(path), path, "does not exist; correct the path")
-
-
 def require_ecg_file(path):
     require_file(path)
     small = path.stat().st_size <= LARGEST_ECG_MB * 1e6
@@ -132,14 +132,14 @@ def read_cardiosoft(path):
     content = path.read_bytes()
     entities = b"<!ENTITY" in content.replace(b"\0", b"")  # as UTF-16, too
     require(not entities, path, "declares XML entities, as no ECG export does; refused for safety")
-    unreadable = "is not readable XML ({error}); export it again"
-    with explain(path, unreadable, (ElementTree.ParseError, ValueError, LookupError)):
+    why = "is not readable XML ({error}); export it again"
+    with explain(path, why, (ElementTree.ParseError, ValueError, LookupError)):
         root = ElementTree.fromstring(content)
     strip, again = root.find(".//StripData"), "export it again"
     require(root.tag == "CardiologyXML", path, f"is <{root.tag:.40}>, not <CardiologyXML>; {again}")
     require(strip is not None, path, f"has no StripData, the 10 s rhythm; {again} with it")
-    textual = f"StripData has no numeric SampleRate and Resolution; {again}"
-    with explain(path, textual, (TypeError, ValueError)):
+    why = f"StripData has no numeric SampleRate and Resolution; {again}"
+    with explain(path, why, (TypeError, ValueError)):
         rate, step_uv = (float(strip.findtext(tag)) for tag in ("SampleRate", "Resolution"))
     require(0.01 <= step_uv <= 100, path, f"Resolution {step_uv:g} µV per LSB is absurd; {again}")
     leads = []
@@ -165,21 +165,21 @@ def read_wfdb(path):
     """WFDB header with format-16 signals in .dat or .mat (https://wfdb.io/spec/header-files.html)."""
     lines = [line.strip() for line in path.read_bytes().decode("utf-8", "replace").splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
-    first = "first line must give record, number of signals, rate and length; correct it"
-    with explain(path, first, (IndexError, ValueError)):
+    why = "first line must give record, number of signals, rate and length; correct it"
+    with explain(path, why, (IndexError, ValueError)):
         record, count, rate, length = lines[0].split()[:4]
         count, rate, length = int(count), float(re.split("[/(]", rate)[0]), int(length)
     require("/" not in record, path, "is a multi-segment record; join its segments into one first")
-    listed = f"announces {count} signals of {length} samples but lists {len(lines) - 1}; correct it"
-    require(0 < count < len(lines) and length > 0, path, listed)
+    why = f"announces {count} signals of {length} samples but lists {len(lines) - 1}; correct it"
+    require(0 < count < len(lines) and length > 0, path, why)
     signals = {}  # file -> its signals
     for line in lines[1 : count + 1]:
         match = WFDB_SIGNAL.fullmatch(line)
         require(match, path, f"signal line '{line:.60}' is not of format 16; convert the record")
         name, offset, gain, baseline, unit, rest = match.groups()
         rest = (rest or "").split(maxsplit=5)  # bits, zero, first value, checksum, block size, lead
-        scale = UNITS_MV.get((unit or "mV").lower())
-        require(scale, path, f"unit '{unit}' is none of mV, uV, V; correct the header")
+        unit_mv = UNITS_MV.get((unit or "mV").lower())
+        require(unit_mv, path, f"unit '{unit}' is none of mV, uV, V; correct the header")
         try:
             gain, zero = float(gain), int(baseline or (rest[1] if len(rest) > 1 else 0))
         except ValueError:
@@ -187,23 +187,23 @@ def read_wfdb(path):
         valid = 1e-6 < gain < 1e9
         require(valid, path, f"gain in '{line:.60}' is not a positive number; correct the header")
         lead = canonical_lead(rest[5] if len(rest) > 5 else None)
-        signals.setdefault(name, []).append((lead, zero, scale / gain, int(offset or 0)))
+        about = {"lead": lead, "zero": zero, "step_mv": unit_mv / gain, "offset": int(offset or 0)}
+        signals.setdefault(name, []).append(about)
     leads = []
     for name, own in signals.items():
         source = path.parent / name
-        inside = Path(name).name == name and len(name.encode()) < 256 and not source.is_symlink()
-        why = f"signal file '{name:.99}' is outside the header's folder; move it in"
-        require(inside, path, why)
+        here = Path(name).name == name and len(name.encode()) < 256 and not source.is_symlink()
+        require(here, path, f"signal file '{name:.99}' is outside the header's folder; move it in")
         require(source.is_file(), path, f"signal file '{name}' is missing; put it beside it")
         require_ecg_file(source)
-        count, offset = length * len(own), own[0][3]
-        whole = source.stat().st_size >= offset + 2 * count
+        samples, offset = length * len(own), own[0]["offset"]
+        whole = source.stat().st_size >= offset + 2 * samples
         require(whole, source, f"ends before the {length} samples of its header; copy it again")
-        samples = np.fromfile(source, "<i2", count, offset=offset).reshape(length, len(own))
-        samples = samples.T.astype(np.float64)
-        samples[samples == -32768] = np.nan  # the standard's mark of a missing sample
-        for row, (lead, zero, scale, _) in zip(samples, own, strict=True):
-            leads.append((lead, (row - zero) * scale))
+        stored = np.fromfile(source, "<i2", samples, offset=offset).reshape(length, len(own))
+        stored = stored.T.astype(np.float64)
+        stored[stored == -32768] = np.nan  # the standard's mark of a missing sample
+        for row, one in zip(stored, own, strict=True):
+            leads.append((one["lead"], (row - one["zero"]) * one["step_mv"]))
     return {"leads": leads, "sampling_rate_hz": rate}
 
 
@@ -230,8 +230,8 @@ def clean_ecg(ecg_mv, sampling_rate_hz, mains_hz=50, where="ECG"):
     ecg_mv = ecg_mv[:, start : start + ECG_SHAPE[1]]
     peak, residual = np.abs(ecg_mv).max(), limb_lead_residual(ecg_mv)
     require(peak <= 20, where, f"reaches {peak:.0f} mV, as no heart does; check gain and unit")
-    exchanged = f"limb leads contradict Einthoven and Goldberger (residual {residual:.0%})"
-    require(residual <= 0.2, where, f"{exchanged}; check for exchanged or inverted leads")
+    why = f"limb leads contradict Einthoven and Goldberger (residual {residual:.0%})"
+    require(residual <= 0.2, where, f"{why}; check for exchanged or inverted leads")
     warnings = []
     if peak > 6 or np.ptp(ecg_mv, axis=1).max() < 0.3:
         warnings.append("ECG amplitude is outside the usual 0.3 to 6 mV")
@@ -292,19 +292,19 @@ def open_nifti(path, dimensions=3):
         affine = np.array(header.get_best_affine(), float)
         placed = header["sform_code"] > 0 or header["qform_code"] > 0
     shape = shape[:3] if len(shape) == 4 and shape[3] == 1 else shape
-    again, flat = "convert it again", f"is {len(shape)}D {shape} but {dimensions}D is needed"
-    require(len(shape) == dimensions, path, f"{flat}; see the manifest's columns")
+    again, why = "convert it again", f"is {len(shape)}D {shape} but {dimensions}D is needed"
+    require(len(shape) == dimensions, path, f"{why}; see the manifest's columns")
     require(voxel.kind in "iuf", path, f"holds {voxel} voxels, not grey levels; {again}")
     size_mb = math.prod(shape) * max(voxel.itemsize, 4) / 1e6
     possible = min(shape) > 0 and size_mb <= LARGEST_IMAGE_MB and 0 <= offset < 1e7
     require(possible, path, f"announces an impossible size {shape}; {again}")
-    positive = f"voxel spacing {spacing.tolist()} mm is not positive and plausible"
-    require(all(0.1 < mm < 100 for mm in spacing), path, f"{positive}; correct the header")
+    why = f"voxel spacing {spacing.tolist()} mm is not positive and plausible"
+    require(all(0.1 < mm < 100 for mm in spacing), path, f"{why}; correct the header")
     thick = 2 - int(np.argmax(spacing[::-1]))  # the last of equals
     axes = [thick] + [axis for axis in (2, 1, 0) if axis != thick]
     slices, *pixels = (shape[axis] for axis in axes)
-    small = f"has {slices} slices of {pixels} pixels; a short-axis stack has at least 3 of 16 x 16"
-    require(slices >= 3 and min(pixels) >= 16, path, small)
+    why = f"has {slices} slices of {pixels} pixels; a short-axis stack has at least 3 of 16 x 16"
+    require(slices >= 3 and min(pixels) >= 16, path, why)
     unit, flips = affine[:3, :3] / spacing, [1, 1, 1]
     sane = placed and np.isfinite(affine).all() and np.allclose(unit.T @ unit, np.eye(3), atol=0.04)
     if sane:
@@ -361,8 +361,8 @@ def read_phases(row):
         for key in ("ed_frame", "es_frame"):
             text = row.get(key) or ""
             valid = not text or (text.isdecimal() and len(text) < 6 and int(text) <= last)
-            wrong = f"{key} '{text}' is not a frame number from 0 to {last}; correct the manifest"
-            require(valid, path, wrong)
+            why = f"{key} '{text}' is not a frame number from 0 to {last}; correct the manifest"
+            require(valid, path, why)
             given[key] = int(text) if text else None
         ed = frames[..., given["ed_frame"] or 0]
         if given["es_frame"] is None:
@@ -371,18 +371,21 @@ def read_phases(row):
         es = frames[..., given["es_frame"]]
     else:
         stack, other = open_nifti(row["ed"]), open_nifti(row["es"])
-        ed, es = read_voxels(stack), read_voxels(other)
+        placed = stack["affine"] is not None and other["affine"] is not None
+        order = other if placed else stack  # without both affines, ES lies in its file as ED does
+        ed = read_voxels(stack)
+        es = read_voxels({**other, "axes": order["axes"], "flips": order["flips"]})
         close = np.allclose(stack["spacing_mm"], other["spacing_mm"], rtol=1e-3)
         alike = ed.shape == es.shape and close
-        if stack["affine"] is not None and other["affine"] is not None:
+        if placed:
             if not (alike and np.allclose(stack["affine"], other["affine"], atol=0.1)):
                 to_es = np.linalg.inv(other["affine"]) @ stack["affine"]  # ED voxel -> ES voxel
                 # mode "constant" would blacken slices at the edge
                 how = {"output_shape": ed.shape, "order": 1, "mode": "grid-constant"}
                 es = ndimage.affine_transform(es, to_es[:3], **how)
         else:
-            differs = f"its grid {es.shape} is not ED's {ed.shape} and no affines place both"
-            require(alike, path, f"{differs}; resample one onto the other")
+            why = f"its grid {es.shape} is not ED's {ed.shape} and no affines place both"
+            require(alike, path, f"{why}; resample one onto the other")
     for phase, file in ((ed, row.get("cine") or row["ed"]), (es, path)):
         require(np.ptp(phase) > 0, file, "a phase is one constant grey level; convert it again")
     require(not np.array_equal(ed, es), path, "ED and ES are the same image; name two phases")
@@ -390,8 +393,8 @@ def read_phases(row):
         labels, wanted = open_nifti(row["mask"]), stack["shape"][:3]
         placed = labels["affine"] is not None and stack["affine"] is not None
         there = not placed or np.allclose(labels["affine"], stack["affine"], atol=0.1)
-        other = f"its grid {labels['shape']} or place is not ED's {wanted}; use ED's label map"
-        require(labels["shape"] == wanted and there, row["mask"], other)
+        why = f"its grid {labels['shape']} or place is not ED's {wanted}; use ED's label map"
+        require(labels["shape"] == wanted and there, row["mask"], why)
         order = labels if placed else stack
         mask = read_voxels({**labels, "axes": order["axes"], "flips": order["flips"]}) > 0
         require(mask.any(), row["mask"], "labels no voxel; empty the cell or segment the heart")
@@ -480,8 +483,8 @@ def center_heart(phases, grid=GRID, grid_spacing_mm=SPACING_MM):
     inside = np.ix_(*(axis.sum(axis=1) > 0.5 for axis in weights))  # the stack, without margin
     new_ed, new_es = resample(ed, weights), resample(es, weights)
     low, high = np.percentile(np.stack([new_ed[inside], new_es[inside]]), [1, 99])
-    constant = "shows one constant grey level around the heart; check the image or its mask"
-    require(high > low, phases.get("path"), constant)
+    why = "shows one constant grey level around the heart; check the image or its mask"
+    require(high > low, phases.get("path"), why)
     size_mm, room_mm = np.ptp(ends, axis=1) * spacing, np.multiply(grid, grid_spacing_mm)
     if (size_mm > 0.9 * room_mm)[1:].any():
         warnings.append("the heart touches the border of the box")
@@ -515,8 +518,8 @@ def read_table(path, required):
     missing, own = [name for name in required if name not in columns], [*columns, "line", "wrong"]
     header = f"its header is {','.join(columns)[:200] or 'empty'}"
     require(not missing, path, f"has no column {', '.join(missing)}; {header}")
-    twice = f"names a column twice, or 'line' or 'wrong', which are taken; {header}"
-    require(len(set(own)) == len(own), path, twice)
+    why = f"names a column twice, or 'line' or 'wrong', which are taken; {header}"
+    require(len(set(own)) == len(own), path, why)
     require(len(rows) > 1, path, "has a header but no rows; add one row a subject")
     table, seen = [], {}
     for line, cells in rows[1:]:
@@ -542,7 +545,7 @@ def number(text):
 
 
 def read_manifest(path):
-    """Read and check a manifest: dict(rows, columns (those kept), ignored (text columns))."""
+    """Read and check a manifest: dict(rows, columns (those kept), ignored (text, no name))."""
     rows = read_table(path, ("id", "ecg"))
     files = [name for name in FILES if name in rows[0]]
     cmr = {"ed", "es"} <= set(files) or "cine" in files
@@ -550,16 +553,16 @@ def read_manifest(path):
     taken = {*files, "id", "line", "split", "wrong", "ed_frame", "es_frame"}
     columns, ignored = [], []
     for name in (name for name in rows[0] if name not in taken):
-        values = [number(row[name]) for row in rows if row.get(name)]
-        kept = name in COVARIATES or any(value is not None for value in values)
+        values = [number(row[name]) for row in rows if row[name]]
+        kept = name in COVARIATES or (name and any(value is not None for value in values))
         (columns if kept else ignored).append(name)
     for row in rows:
         if "wrong" not in row:
-            bad = next((name for name in columns if number(row[name]) is None), "")
+            bad = next((name for name in columns if number(row[name]) is None), None)
             split, sex = row.get("split"), row.get("sex")
             cmr = row.get("cine") or (row.get("ed") and row.get("es"))
             rules = (
-                (not bad, f"{bad} '{row.get(bad)}' is not a number; correct or empty the cell"),
+                (bad is None, f"{bad} '{row.get(bad)}' is not a number; correct or empty the cell"),
                 (number(sex) in (0, 1) or not sex, f"sex '{sex}' must be 0 (female) or 1 (male)"),
                 (not split or split in SPLITS, f"split '{split}' must be train, val or test"),
                 (row["ecg"] and cmr, "names no ECG or no pair of ED and ES (or cine); fill it in"),
@@ -587,7 +590,7 @@ def prepare_row(manifest, mains_hz, grid, spacing_mm, row):
         ecg, phases = read_clean_ecg(row["ecg"], mains_hz), read_phases(row)
         heart = center_heart(phases, grid, spacing_mm)
     except InputError as error:
-        return {"id": row.get("id", ""), "file": error.where, "reason": error.why}
+        return {"id": row["id"], "file": error.where, "reason": error.why}
     except Exception as error:  # a file that breaks a reader must not stop the other 34,000
         why = f"cannot be read ({type(error).__name__}: {error}); check the row's files"
         return {"id": row["id"], "file": row["ecg"], "reason": printable(why)}
@@ -643,12 +646,17 @@ def serve():
 UNWRITABLE = "cannot be written ({error.strerror}); check its permissions and the free space"
 
 
+def array_layout(grid):
+    """What one subject takes in each array of a cohort folder: {name: (type, shape)}."""
+    return {"ecg": ("<i2", ECG_SHAPE), "ed": ("|u1", grid), "es": ("|u1", grid)}
+
+
 def write_cohort(folder, prepared, columns, grid, spacing_mm, source):
     """Write subjects as they come: memory does not grow with their arrays. Returns as `collect`."""
     folder = Path(os.path.abspath(folder))
     free = not folder.exists() or (folder / "cohort.json").is_file() or not any(folder.iterdir())
     require(free, folder, "exists and is no cohort; choose another name")
-    layout = {"ecg": ("<i2", ECG_SHAPE), "ed": ("|u1", grid), "es": ("|u1", grid)}
+    layout = array_layout(grid)
     with replacing(folder) as aside:
         files = {name: open(aside / f"{name}.npy", "wb") for name in layout}
 
@@ -666,9 +674,8 @@ def write_cohort(folder, prepared, columns, grid, spacing_mm, source):
             file.close()
         reasons = summarize_rejected(rejected)
         require(rows, folder, f"not made, as none of {len(rejected)} rows is usable; {reasons}")
-        splits = Counter(row["split"] for row in rows)
-        counts = {"subjects": len(rows), **{name: splits[name] for name in SPLITS}}
-        counts["rejected"] = len(rejected)
+        splits = dict.fromkeys(SPLITS, 0) | Counter(row["split"] for row in rows)
+        counts = {"subjects": len(rows), **splits, "rejected": len(rejected)}
         write_csv(aside / "subjects.csv", ["id", "split", *columns], rows)
         write_csv(aside / "rejected.csv", ["id", "file", "reason"], rejected)
         about = {"format_version": FORMAT_VERSION, "grid": grid, "spacing_mm": spacing_mm}
@@ -701,7 +708,7 @@ def replacing(folder):
 
     Whatever happens, even to an earlier run, the old folder or the new one bears the name.
     """
-    aside, old = (folder.with_name(folder.name + end) for end in (".partial", ".old"))
+    aside, old = (folder.with_name(folder.name + end) for end in (".partial", ".replaced"))
 
     def tidy():
         if old.exists() and not folder.exists():
@@ -764,34 +771,33 @@ def open_cohort(folder):
         grid, spacing_mm = tuple(map(int, about["grid"])), list(map(float, about["spacing_mm"]))
         valid = isinstance(kind, str) and len(grid) == len(spacing_mm) == 3
         valid = valid and min(grid) > 0 and all(0 < mm < 1e3 for mm in spacing_mm)
-    newer = f"has format {version}, this code reads {FORMAT_VERSION}; update the code"
-    require(version == FORMAT_VERSION, folder, newer)
+    why = f"has format {version}, this code reads {FORMAT_VERSION}; update the code"
+    require(version == FORMAT_VERSION, folder, why)
     require(valid, about_path, damaged)
     rows = read_table(table_path, ("id", "split"))
     names = [name for name in rows[0] if name not in ("id", "split", "line", "wrong")]
     for row in rows:
-        known = row.get("split") in SPLITS and all(number(row[name]) is not None for name in names)
+        known = row["split"] in SPLITS and all(number(row[name]) is not None for name in names)
         why = row.get("wrong", f"line {row['line']} has an unknown split or text for a number")
         require("wrong" not in row and known, table_path, f"{why}; prepare again")
     columns = {name: np.array([number(row[name]) for row in rows]) for name in names}
-    for name, shape in (("ecg", ECG_SHAPE), ("ed", grid), ("es", grid)):
-        path, wanted = folder / f"{name}.npy", (np.int16 if name == "ecg" else np.uint8)
+    for name, (kind, shape) in array_layout(grid).items():
+        path, wanted = folder / f"{name}.npy", (len(rows), *shape)
         with explain(path, "is missing or damaged ({error!s:.80}); prepare again"):
             array = np.lib.format.open_memmap(path, mode="r")
-        fits = array.dtype == wanted and array.shape == (len(rows), *shape)
+        fits = array.dtype == kind and array.shape == wanted and array.flags.c_contiguous
         found = f"is {array.dtype} {array.shape}; subjects.csv and cohort.json"
-        needed = f"{found} need {wanted.__name__} {(len(rows), *shape)}; prepare again"
-        require(fits and array.flags.c_contiguous, path, needed)
-    ids, split = (np.array([row[name] for row in rows]) for name in ("id", "split"))
-    del rows  # a hundred megabytes in a large cohort
-    values = {name: set(np.unique(column[~np.isnan(column)])) for name, column in columns.items()}
-    targets = [name for name in names if name not in COVARIATES and values[name]]
-    kinds = {"covariates": [name for name in COVARIATES if values.get(name)]}
-    kinds["phenotypes"] = [name for name in targets if not values[name] <= {0.0, 1.0}]
-    kinds["outcomes"] = [name for name in targets if values[name] <= {0.0, 1.0}]
+        require(fits, path, f"{found} need {np.dtype(kind)} {wanted}; prepare again")
+    values = {name: column[~np.isnan(column)] for name, column in columns.items()}
+    filled = [name for name in names if len(values[name])]
+    targets = [name for name in filled if name not in COVARIATES]
+    kinds = {"covariates": [name for name in COVARIATES if name in filled]}
+    kinds["outcomes"] = [name for name in targets if np.isin(values[name], (0, 1)).all()]
+    kinds["phenotypes"] = [name for name in targets if name not in kinds["outcomes"]]
     digest = hashlib.sha256(text + table_path.read_bytes()).hexdigest()[:16]
     about = {"grid": grid, "spacing_mm": spacing_mm, "source": source, "fingerprint": digest}
-    table = {"ids": ids.tolist(), "split": split, "columns": columns}
+    split = np.array([row["split"] for row in rows])
+    table = {"ids": [row["id"] for row in rows], "split": split, "columns": columns}
     return {"folder": folder, **table, **kinds, **about}
 
 
@@ -894,6 +900,8 @@ def augment(stored, rows, seed, epoch):
 
     def add_noise(x, highest):  # a subject's piece of one fixed table, as drawing afresh is slow
         table = noise_table(seed, ecg.device)
+        while len(table) < x[0].numel():  # a large grid goes around it more than once
+            table = table.repeat(2)
         starts, sizes = uniform(0, 1)[:, 0].tolist(), uniform(0, highest)[:, 0].tolist()
         for one, start, size in zip(x, starts, sizes, strict=True):
             first = int(start * (len(table) - one.numel()))
@@ -909,22 +917,21 @@ def augment(stored, rows, seed, epoch):
     ecg.addcmul_(uniform(-0.02, 0.02, leads)[..., None], wander[:, None])  # mV
     add_noise(ecg, 0.015)  # mV
 
-    batch = {"ecg": ecg}
-    if "ed" not in stored and "es" not in stored:
+    batch, phases = {"ecg": ecg}, [name for name in ("ed", "es") if name in stored]
+    if not phases:
         return batch
-    height, width = stored.get("ed", stored.get("es")).shape[2:]
+    height, width = stored[phases[0]].shape[2:]
     angle = uniform(-0.2, 0.2)  # radian
     move = uniform(-0.1, 0.1, 2)  # of half the box: up to 9.6 mm at the default grid
-    column_x = torch.cat([angle.cos(), -angle.sin() * height / width, move[:, :1]], 1)
-    column_y = torch.cat([angle.sin() * width / height, angle.cos(), move[:, 1:]], 1)
+    to_x = torch.cat([angle.cos(), -angle.sin() * height / width, move[:, :1]], 1)
+    to_y = torch.cat([angle.sin() * width / height, angle.cos(), move[:, 1:]], 1)
     moved = (uniform(0, 1)[:, 0] < 0.15).nonzero()[:, 0]  # few: in 12 epochs, more was too much
-    turn = torch.stack([column_x, column_y], 1)[moved]  # (moved, 2, 3)
-    if len(moved):
-        places = F.affine_grid(turn, (len(moved), 1, height, width), align_corners=False)
+    turn = torch.stack([to_x, to_y], 1)[moved]  # (moved, 2, 3), rows of affine matrices
     gain, offset = uniform(0.85, 1.15)[..., None, None], uniform(-0.05, 0.05)[..., None, None]
-    for phase in (name for name in ("ed", "es") if name in stored):
+    for phase in phases:
         volume = stored[phase].float()  # (B, Z, Y, X), slices as channels of a 2D image
         if len(moved):
+            places = F.affine_grid(turn, (len(moved), 1, height, width), align_corners=False)
             volume[moved] = F.grid_sample(volume[moved], places, align_corners=False)
         volume.mul_(gain / 255).add_(offset)
         add_noise(volume, 0.04)
@@ -1036,8 +1043,7 @@ def simulate_ecg(heart, rng):
         breath = 0.03 * np.sin(2 * np.pi * 0.25 * beat)
         beat += rr_s * (1 + breath + 0.02 * normal())
     leads = DOWER @ vector  # (8, T): I, II, V1..V6
-    near = -0.02 * (heart["depth_mm"] - 30) + 0.08 * normal()  # the chest leads are near the heart
-    leads[2:] *= np.exp(near)
+    leads[2:] *= np.exp(-0.02 * (heart["depth_mm"] - 30) + 0.08 * normal())  # chest leads are near
     leads += 0.012 * normal(leads.shape)
     for size_mv, hertz in ((0.10, rng.uniform(0.1, 0.4)), (0.012, 50)):  # baseline wander, mains
         turn = 2 * np.pi * hertz * seconds
@@ -1153,9 +1159,9 @@ def simulate_cmr(heart, rng):
     phases, grain = {}, (0.9 + 0.1 * texture)[HEART]
     for phase, parts in tissues.items():
         picture = body.astype(np.float32) * texture
-        heart = picture[HEART]
+        inside = picture[HEART]  # a view: what it gains, picture gains
         for tissue, level in levels.items():
-            heart += (level * grain - heart) * parts[tissue]
+            inside += (level * grain - inside) * parts[tissue]
         noise = np.float32(sigma) * rng.standard_normal((2, *STACK), dtype=np.float32)
         rician = np.sqrt((picture * bias + noise[0]) ** 2 + noise[1] ** 2)
         phases[phase] = np.round(scale * rician).astype(np.float32)  # whole grey levels
@@ -1247,7 +1253,8 @@ def prepare(manifest, folder, workers=None, mains_hz=50, grid=GRID, spacing_mm=S
     filled = {row["split"] for row in made["rows"]}
     empty = ", ".join(name for name in SPLITS if name not in filled)
     lines += [f"warning: no subject is left for {empty}; see the column split"] if empty else []
-    lines += [f"column {name} holds no numbers and is ignored" for name in table["ignored"]]
+    why = "is ignored, as a column needs a name and numbers"
+    lines += [f"column {name or '(unnamed)'} {why}" for name in table["ignored"]]
     print("\n".join(lines) or "nothing to report")
     print(f"{folder or manifest}: {len(made['rows'])} of {len(table['rows'])} rows are usable")
     return len(made["rejected"])
@@ -1272,8 +1279,8 @@ def show(cohort, subject, out):
     """Draw one subject: the 12-lead ECG on paper (lines at 0.2 s, 0.5 mV) beside ED and ES."""
     from matplotlib.figure import Figure  # slow to import, needed only here
 
-    example = f"has no subject {subject}; ids run like {cohort['ids'][0]}"
-    require(subject in cohort["ids"], cohort["folder"], example)
+    why = f"has no subject {subject}; ids run like {cohort['ids'][0]}"
+    require(subject in cohort["ids"], cohort["folder"], why)
     row = cohort["ids"].index(subject)
     batch = read_batch(cohort, [row])
     figure = Figure(figsize=(11.5, 6.9), layout="constrained")

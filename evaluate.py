@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -36,19 +36,24 @@ DIRECTIONS = ("ecg_to_ed", "ecg_to_es", "ed_to_ecg", "es_to_ecg", "ed_to_es")
 COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #999999 #000000 #F0E442".split()
 
 
+def tell(text):
+    """Progress and what is left out go to stderr, so that stdout holds results alone."""
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
 # ---------------------------------------------------------------- frozen features
 
 
 def load_run(folder):
     """A run folder's best model: dict(name, folder, model, args, cohort (fingerprint), grid)."""
     path = Path(folder) / "best.pt"
-    untrained = "holds no trained run (no best.pt); train one with train.py"
-    data.require(path.is_file(), folder, untrained)
-    foreign = "is damaged or not of this code's architecture ({error.__class__.__name__})"
-    with data.explain(path, f"{foreign}; train again"), warnings.catch_warnings():
+    why = "holds no trained run (no best.pt); train one with train.py"
+    data.require(path.is_file(), folder, why)
+    why = "is damaged or not of this code's architecture ({error.__class__.__name__}); train again"
+    with data.explain(path, why), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
-        model = models.DualPhase([name for name in ("ed", "es") if name in saved["args"]["phases"]])
+        model = models.DualPhase(saved["args"]["phases"])
         model.load_state_dict(saved["model"])
         run = {"args": saved["args"], "cohort": saved["cohort"], "grid": saved.get("grid")}
     return run | {"name": path.parent.resolve().name, "folder": path.parent, "model": model}
@@ -57,13 +62,13 @@ def load_run(folder):
 def choose_cohort(path, runs):
     """The cohort to evaluate on; one that has another grid than a run was trained on is refused."""
     wanted = path or runs[0]["args"]["data"]
-    lost = f"was trained on {wanted}, which is not here; name a cohort with --data"
-    data.require(path or Path(wanted).exists(), runs[0]["folder"], lost)
+    why = f"was trained on {wanted}, which is not here; name a cohort with --data"
+    data.require(path or Path(wanted).exists(), runs[0]["folder"], why)
     cohort = data.find_cohort(wanted)
     for run in runs:
         grid, own = [*(run["grid"] or cohort["grid"])], [*cohort["grid"]]
-        other = f"has a grid of {own} voxels but {run['folder']} was trained on {grid}"
-        data.require(grid == own, cohort["folder"], f"{other}; prepare it with --grid")
+        why = f"has a grid of {own} voxels but {run['folder']} was trained on {grid}"
+        data.require(grid == own, cohort["folder"], f"{why}; prepare it with --grid")
         if run["cohort"] != cohort["fingerprint"]:
             former = run["args"]["data"]
             tell(f"{run['folder']} was trained on another cohort ({former}) or an older")
@@ -81,13 +86,14 @@ def batches(cohort, rows, device, names):
 def extract(model, cohort, device, names=("ecg", "ed", "es")):
     """Every subject seen by a frozen model: dict(features, embeddings), each {name: (N, 128)}.
 
+    names: what is read of each subject. Features are numpy arrays, embeddings tensors on the CPU.
     Frozen means frozen: a parameter or buffer that changes meanwhile is an error.
     """
     model = model.to(device).eval()  # in training mode, batch statistics would drift
     before = copy.deepcopy(model.state_dict())
+    names = [name for name in names if name in model.encoders]  # others would be read for nothing
     stream = batches(cohort, np.arange(len(cohort["ids"])), device, names)
-    parts = [model(batch) for batch in stream]
-    features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    features = models.encode_all(model, stream)
     embeddings = {name: x.cpu() for name, x in model.embed(features).items()}
     if any(not torch.equal(before[key], value) for key, value in model.state_dict().items()):
         raise RuntimeError("the frozen encoder changed while features were extracted")
@@ -212,6 +218,7 @@ def groups(names):
 def probe(x, cohort, rows, counts, outcomes=True):
     """Probe every target from standardised x (N, D); counts (samples, test) of resamples.
 
+    outcomes: whether they are probed, too, not phenotypes alone.
     Returns metrics under "probe", "groups" (mean R^2) and "outcomes", and per target its "samples"
     and "predictions". Targets without labels enough to fit or to score are left out.
     """
@@ -257,12 +264,16 @@ def compare(a, b):
 
 
 def retrieval(embeddings, rows):
-    """recall@k, median rank and 95 % intervals over the whole test split, for every direction."""
+    """recall@k, median rank and 95 % intervals over the whole test split, for every direction.
+
+    embeddings: {name: (N, D) unit vectors}; rows: those of test. Returns {direction: dict}, without
+    the directions of a phase that is not there; nothing for fewer than 2 subjects.
+    """
     result, n = {}, len(rows)
     for direction in DIRECTIONS:
-        query, gallery = direction.split("_to_")
-        if query in embeddings and gallery in embeddings and n > 1:
-            ranks = loss.retrieval_ranks(embeddings[query][rows], embeddings[gallery][rows])
+        query, target = direction.split("_to_")
+        if query in embeddings and target in embeddings and n > 1:
+            ranks = loss.retrieval_ranks(embeddings[query][rows], embeddings[target][rows])
             ranks = np.sort(ranks.numpy())
             low, high = stats.binom.ppf([0.025, 0.975], n, 0.5).astype(int)  # of order statistics
             found = {"median_rank": float(np.median(ranks)), "chance_rank": (n + 1) / 2, "n": n}
@@ -288,15 +299,15 @@ def train_supervised(cohort, rows, device, seed, rates=RATES):
     targets, train, val = cohort["phenotypes"] + cohort["outcomes"], rows["train"], rows["val"]
     y = np.stack([cohort["columns"][name] for name in targets], 1)
     binary = np.array([name in cohort["outcomes"] for name in targets])
-    known = np.ma.masked_invalid(y[train])
-    mean, std = known.mean(0).filled(0), known.std(0).filled(1) + 1e-9
+    labels = np.ma.masked_invalid(y[train])
+    mean, std = labels.mean(0).filled(0), labels.std(0).filled(1) + 1e-9
     y = torch.from_numpy(np.where(binary, y, (y - mean) / std).astype(np.float32)).to(device)
+    outcome = torch.from_numpy(binary).to(device)
 
     def error(output, wanted):  # mean over the labels that are known
         known, wanted = ~wanted.isnan(), wanted.nan_to_num()
         entropy = F.binary_cross_entropy_with_logits(output, wanted, reduction="none")
-        select = torch.from_numpy(binary).to(device)
-        each = torch.where(select, entropy, (output - wanted).square())
+        each = torch.where(outcome, entropy, (output - wanted).square())
         return each[known].sum() / known.sum().clamp(min=1)
 
     def load(rows, epoch):
@@ -312,8 +323,8 @@ def train_supervised(cohort, rows, device, seed, rates=RATES):
     epochs = int(np.clip(9_000 // len(train) + 8, 14, 48))
     for rate in rates:
         torch.manual_seed(seed)
-        net = [models.ecg_encoder(), torch.nn.Linear(models.FEATURES, len(targets))]
-        net = torch.nn.Sequential(*net).to(device)
+        encoder, readout = models.ecg_encoder(), torch.nn.Linear(models.FEATURES, len(targets))
+        net = torch.nn.Sequential(encoder, readout).to(device)
         optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05, fused=True)
         steps = epochs * (len(train) // size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
@@ -327,8 +338,7 @@ def train_supervised(cohort, rows, device, seed, rates=RATES):
             score = float(error(outputs(net, val), y[val]))
             if score < best["error"]:
                 best = {"error": score, "rate": rate, "net": copy.deepcopy(net)}
-    everyone = outputs(best["net"], np.arange(len(y))).cpu().numpy()
-    return {"outputs": everyone, "rate": best["rate"]}
+    return {"outputs": outputs(best["net"], np.arange(len(y))).cpu().numpy(), "rate": best["rate"]}
 
 
 def draw_labels(train, count, seed):
@@ -350,11 +360,11 @@ def label_curve(encoders, cohort, rows, counts, device, seed):
             chosen, features = rows, dict(encoders)
             if count != "all":
                 chosen = rows | draw_labels(rows["train"], int(count), [seed, int(count), draw])
-            if count != "all" and features.pop("supervised", None) is not None and draw < 3:
-                tell(f"supervised on {count} labels, draw {draw + 1} of 3")
-                best = train_supervised(cohort, chosen, device, seed + draw, rates)
-                features["supervised"] = best["outputs"]
-                rates = (best["rate"],)  # chosen on the first draw
+                if features.pop("supervised", None) is not None and draw < 3:
+                    tell(f"supervised on {count} labels, draw {draw + 1} of 3")
+                    best = train_supervised(cohort, chosen, device, seed + draw, rates)
+                    features["supervised"] = best["outputs"]
+                    rates = (best["rate"],)  # chosen on the first draw
             for method, x in features.items():
                 x = standardise(x, rows["train"])
                 for target, found in probe(x, cohort, chosen, one, outcomes=False)["probe"].items():
@@ -369,33 +379,38 @@ def label_curve(encoders, cohort, rows, counts, device, seed):
 # ---------------------------------------------------------------- prediction
 
 
+def encode_row(run, table, mains_hz, device, row):
+    """Features (1, D) of one listed ECG, or the reason why not; never raises, as others go on."""
+    path = Path(table).parent / row["ecg"]
+    try:
+        data.require("wrong" not in row, table, row.get("wrong"))
+        ecg = data.read_clean_ecg(path, mains_hz)
+    except Exception as error:  # one file that breaks a reader must not stop the others
+        why = data.printable(getattr(error, "why", error))
+        return {"id": row["id"], "file": getattr(error, "where", path), "reason": why}
+    batch = {"ecg": torch.from_numpy(ecg["ecg"][None] / np.float32(1000)).to(device)}
+    with torch.no_grad():
+        features = run["model"](batch)["ecg"].cpu().numpy()
+    return {"row": {"id": row["id"], "features": features}, "warnings": ecg["warnings"]}
+
+
 def predict(run, cohort, rows, table, device):
     """Phenotypes and outcomes of new ECGs: the frozen encoder, probes fitted on the run's cohort.
 
     Writes predictions.csv beside the table of ids and ECGs. The 95 % interval of a phenotype is the
     prediction +- the 95 % quantile of absolute validation residuals (split conformal).
     """
+    listed, out = data.read_table(table, ("id", "ecg")), Path(table).with_name("predictions.csv")
+    data.require(out != Path(table), table, "would be overwritten by the predictions; rename it")
     known = extract(run["model"], cohort, device, ("ecg",))["features"]["ecg"]
-    ids, new, rejected, doubts = [], [], [], Counter()
-    for row in data.read_table(table, ("id", "ecg")):
-        path = Path(table).parent / row.get("ecg", "")
-        try:
-            data.require("wrong" not in row, path, row.get("wrong"))
-            ecg = data.read_clean_ecg(path, cohort["source"].get("mains_hz", 50))
-        except Exception as error:  # one file that breaks a reader must not stop the others
-            why = data.printable(getattr(error, "why", error))
-            file = getattr(error, "where", path)
-            rejected.append({"id": row["id"], "file": file, "reason": why})
-            continue
-        doubts.update(ecg["warnings"])
-        batch = {"ecg": torch.from_numpy(ecg["ecg"][None] / np.float32(1000)).to(device)}
-        with torch.no_grad():
-            new.append(run["model"](batch)["ecg"].cpu().numpy())
-        ids.append(row["id"])
-    for line in data.report(rejected, doubts):
+    mains_hz = cohort["source"].get("mains_hz", 50)
+    made = data.collect((encode_row(run, table, mains_hz, device, row) for row in listed), files={})
+    for line in data.report(made["rejected"], made["warnings"]):
         print(line, file=sys.stderr)
+    new = [row["features"] for row in made["rows"]]
     data.require(new, table, "names no readable ECG; the reasons stand above")
-    x, columns = standardise(np.concatenate([known, *new]), rows["train"]), {"id": ids}
+    x = standardise(np.concatenate([known, *new]), rows["train"])
+    columns = {"id": [row["id"] for row in made["rows"]]}
     for target in cohort["phenotypes"] + cohort["outcomes"]:
         y = np.concatenate([cohort["columns"][target], np.full(len(new), np.nan)])
         found = fit(x, y, rows, target in cohort["outcomes"])
@@ -417,9 +432,8 @@ def predict(run, cohort, rows, table, device):
         print(f"{label(target)}: 95 % interval +- {half:.3g} holds for {covered} test subjects")
     texts = ((v if isinstance(v, str) else f"{v:.5g}" for v in c) for c in columns.values())
     lines = [dict(zip(columns, line, strict=True)) for line in zip(*texts, strict=True)]
-    out = Path(table).with_name("predictions.csv")
     data.write(out, lambda file: data.write_csv(file.name, columns, lines))
-    print(f"wrote {out}: {len(new)} predicted, {len(rejected)} rejected")
+    print(f"wrote {out}: {len(new)} predicted, {len(made['rejected'])} rejected")
     print("Research use only, not for diagnosis.")
 
 
@@ -482,7 +496,7 @@ def scatter(result, cohort, rows, title):
     figure = Figure(figsize=(9, 2.5 * height + 0.4), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(height, 4, squeeze=False).flat
-    for axis, name in zip(axes, result["probe"], strict=False):
+    for name, axis in zip(result["probe"], axes, strict=False):  # so that zip skips no axis
         y, p = cohort["columns"][name][rows["test"]], result["predictions"][name][rows["test"]]
         axis.plot(y, p, ".", ms=3, color=COLORS[0])
         axis.axline((np.nanmean(y), np.nanmean(y)), slope=1, color="black", lw=1)
@@ -595,10 +609,6 @@ def table_text(metrics, cohort, rows, first):
 # ---------------------------------------------------------------- command
 
 
-def tell(text):
-    print(f"... {text}", file=sys.stderr, flush=True)
-
-
 def parse_arguments():
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -648,8 +658,8 @@ def main():
         return 0
     for count in args.labels:
         possible = count == "all" or count.isdecimal() and 20 <= int(count) <= len(rows["train"])
-        wrong = f"{count} is neither all nor a number from 20 to the {len(rows['train'])}"
-        data.require(possible, "--labels", f"{wrong} training subjects")
+        why = f"{count} is neither all nor a number from 20 to the {len(rows['train'])}"
+        data.require(possible, "--labels", f"{why} training subjects")
     targets = cohort["phenotypes"] + cohort["outcomes"]
     if args.supervised and not (targets and len(rows["train"]) >= 8 and len(rows["val"])):
         tell("supervised needs targets, 8 training and some validation subjects: left out")
@@ -658,7 +668,7 @@ def main():
     metrics, counts = defaultdict(dict), resamples(len(rows["test"]), args.bootstrap, args.seed)
     results, encoders, arrays, embeddings = {}, {}, {}, {}
 
-    def test(x, outcomes=True):
+    def probed(x, outcomes=True):
         return probe(standardise(x, rows["train"]), cohort, rows, counts, outcomes)
 
     for name, run in runs.items():
@@ -667,20 +677,20 @@ def main():
         features, embeddings[name] = found["features"], found["embeddings"]
         arrays |= {key if name == first else f"{name}.{key}": x for key, x in features.items()}
         encoders[name] = features.pop("ecg")
-        results[name] = test(encoders[name])
+        results[name] = probed(encoders[name])
         if len(features) == 2:
             features["ed+es"] = np.hstack([*features.values()])
-        latents = {key: test(x, outcomes=False) for key, x in features.items()}
-        metrics["groups"] |= {f"{name}.{key}": found["groups"] for key, found in latents.items()}
+        latents = {key: probed(x, outcomes=False) for key, x in features.items()}
+        metrics["groups"] |= {f"{name}.{key}": latent["groups"] for key, latent in latents.items()}
         about = metrics["runs"][name] = {key: results[name][key] for key in ("probe", "outcomes")}
         about["retrieval"] = retrieval(embeddings[name], rows["test"])
-        about["latents"] = {key: found["probe"] for key, found in latents.items()}
+        about["latents"] = {key: latent["probe"] for key, latent in latents.items()}
     for target in (name for name in targets if name not in results[first]["samples"]):
         tell(f"{target}: left out, as train or test knows too few labels or only one value")
 
     baselines = make_baselines(args, cohort, rows, encoders[first], first, device)
     for name, x in baselines.items():
-        results[name], arrays[name] = test(x), x
+        results[name], arrays[name] = probed(x), x
         metrics["baselines"][name] = results[name]["probe"]
         metrics["baseline_outcomes"][name] = results[name]["outcomes"]
     for name, result in results.items():

@@ -105,14 +105,14 @@ def backward(model, encode, stream, pieces, weights, temperature):
     sizes = [len(features["ecg"]) for features in encoded]
     cached = {name: torch.cat([f[name] for f in encoded]).requires_grad_() for name in encoded[0]}
     terms = dual_phase_loss(model.embed(gather(cached)), weights, temperature)
-    wanted = torch.autograd.grad(terms["total"], list(cached.values()), retain_graph=True)
-    wanted = {name: gradient.split(sizes) for name, gradient in zip(cached, wanted, strict=True)}
+    slopes = torch.autograd.grad(terms["total"], list(cached.values()), retain_graph=True)
+    slopes = {name: slope.split(sizes) for name, slope in zip(cached, slopes, strict=True)}
     for k in range(pieces):
         last = k == pieces - 1
         # The surrogate's gradient is the loss's at this piece's features. Processes meet once, in
         # the last piece, where the loss itself is added for the gradients of the heads.
         with nullcontext() if last or encode is model else encode.no_sync():
             features = encode(next(stream))
-            surrogate = sum((features[name] * wanted[name][k]).sum() for name in features)
+            surrogate = sum((features[name] * slopes[name][k]).sum() for name in features)
             (surrogate + terms["total"] if last else surrogate).backward()
     return {name: term.detach() for name, term in terms.items()}

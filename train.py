@@ -116,7 +116,7 @@ def main():
             row["seconds"] = time.time() - epoch_started
             score = row.get("val_total", row["total"])
             improved = score < done["best"]
-            done |= {"log": [*done["log"], row], "best": score if improved else done["best"]}
+            done |= {"log": [*done["log"], row], "best": min(done["best"], score)}
             files = ("best.pt", "last.pt") if improved else ("last.pt",)
             save(files, args, cohort, model, optimizer, done)
             left = (time.time() - started) / (epoch + 1 - first) * (args.epochs - epoch - 1)
@@ -159,8 +159,8 @@ def parse_arguments():
     if args.device == "auto":
         args.device = next((name for name in available if available[name]), "cpu")
     args.amp = args.device == "cuda" if args.amp is None else args.amp
-    used = [w for w, pair in zip(args.weights, loss.PAIRS, strict=True)
-            if {*pair} <= {"ecg", *args.phases}]  # fmt: skip
+    present = {"ecg", *args.phases}
+    used = [w for w, pair in zip(args.weights, loss.PAIRS, strict=True) if {*pair} <= present]
     for fine, name, rule in (
         (args.epochs >= 1, "epochs", "must be at least 1"),
         (args.batch_size is None or args.batch_size >= 2, "batch-size", "must be at least 2"),
@@ -201,15 +201,18 @@ def choose_batch_size(wanted, subjects, processes):
     """The global batch size: --batch-size, or 64 where there are as many training subjects."""
     size = wanted or min(64, subjects) // processes * processes
     data.require(size >= 2, "--data", f"{subjects} training subjects are too few for contrast")
-    many = f"{size} exceeds the {subjects} training subjects"
-    data.require(size <= subjects, "--batch-size", many)
-    uneven = size % processes
-    data.require(not uneven, "--batch-size", f"{size} is no multiple of {processes} processes")
+    why = f"{size} exceeds the {subjects} training subjects"
+    data.require(size <= subjects, "--batch-size", why)
+    why = f"{size} is no multiple of {processes} processes"
+    data.require(size % processes == 0, "--batch-size", why)
     return size
 
 
 def ecg_partners(split, seed, shuffle):
-    """Whose ECG stands beside each heart: its own or, as a control, another one of its split."""
+    """Whose ECG stands beside each heart: its own or, as a control, one drawn from its split.
+
+    About one subject a split draws its own.
+    """
     partner = np.arange(len(split))
     for name in data.SPLITS if shuffle else ():
         rows = np.flatnonzero(split == name)
@@ -243,8 +246,7 @@ def validate(model, load, rows, args):
         return {}
     model.eval()
     pieces = np.array_split(rows, math.ceil(len(rows) / (args.micro_batch or args.batch_size)))
-    encoded = [model(batch) for batch in data.read_ahead(load, pieces)]
-    features = {name: torch.cat([piece[name] for piece in encoded]) for name in encoded[0]}
+    features = models.encode_all(model, data.read_ahead(load, pieces))
     sums, whole = {}, model.embed(features)
     for part in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / args.batch_size)):
         embeddings = {name: x[part] for name, x in whole.items()}
@@ -254,8 +256,7 @@ def validate(model, load, rows, args):
             terms[f"top1_ecg_{phase}"] = (ranks == 1).float().mean()
         terms["top1_chance"] = torch.tensor(1 / len(part))
         for name, term in terms.items():
-            weighted = term.item() * len(part) / len(rows)
-            sums[f"val_{name}"] = sums.get(f"val_{name}", 0.0) + weighted
+            sums[f"val_{name}"] = sums.get(f"val_{name}", 0.0) + term.item() * len(part) / len(rows)
     return sums
 
 
@@ -329,7 +330,8 @@ def resume(args, cohort, model, optimizer):
     if not path.exists():
         print(f"{path} was not written yet: starting from the beginning", file=sys.stderr)
         return None
-    try:
+    why = "is damaged or of another model ({error.__class__.__name__}); use --overwrite"
+    with data.explain(path, why):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         differing = [
             f"--{name.replace('_', '-')} was {saved['args'].get(name)} and is {value}"
@@ -343,9 +345,6 @@ def resume(args, cohort, model, optimizer):
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             done = {name: saved[name] for name in ("epoch", "step", "sums", "log", "best")}
-    except Exception as error:
-        reason = f"is damaged or of another model ({type(error).__name__}); use --overwrite"
-        raise data.InputError(path, reason) from None
     data.require(not differing, "--resume", "; ".join([*differing, "repeat the run's arguments"]))
     return done
 

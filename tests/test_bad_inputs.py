@@ -444,9 +444,20 @@ def test_columns_without_numbers_and_empty_splits_are_told(cell, command, tmp_pa
     manifest = write_manifest(tmp_path, [row])
     for verb in (["check", manifest], ["prepare", manifest, tmp_path / "c"]):
         code, out, _ = command(data.main, *verb, "--workers", 1)
-        assert code == 0 and "column LVEF_pct holds no numbers and is ignored" in out
+        assert (
+            code == 0 and "column LVEF_pct is ignored, as a column needs a name and numbers" in out
+        )
         assert "no subject is left for val, test" in out and "column LVM_g" in out
     assert data.open_cohort(tmp_path / "c")["columns"] == {}
+
+
+def test_a_column_without_a_name_is_ignored_and_told(command, tmp_path):
+    """As of a table that pandas wrote with its index."""
+    row = {"": "0"} | write_subject(tmp_path, "good") | {"LVEF_pct": "60"}
+    manifest = write_manifest(tmp_path, [row])
+    code, out, _ = command(data.main, "prepare", manifest, tmp_path / "c", "--workers", 1)
+    assert code == 0 and "column (unnamed) is ignored" in out
+    assert list(data.open_cohort(tmp_path / "c")["columns"]) == ["LVEF_pct"]
 
 
 def test_suspicions_are_warned_about_once(tmp_path, capsys):
@@ -636,12 +647,19 @@ def test_a_full_disk_ends_training_with_a_sentence(
 
 def test_death_between_the_two_renamings_is_repaired(tmp_path, capsys):
     write_small(tmp_path / "c")
-    (tmp_path / "c").rename(tmp_path / "c.old")
+    (tmp_path / "c").rename(tmp_path / "c.replaced")
     (tmp_path / "c.partial").mkdir()
     with pytest.raises(data.InputError):
         write_small(tmp_path / "c", 3, OSError("disk"))
     assert "interrupted run" in capsys.readouterr().err
     assert len(data.open_cohort(tmp_path / "c")["ids"]) == 3
+
+
+def test_a_users_own_copy_beside_the_cohort_stays(tmp_path):
+    (tmp_path / "c.old").mkdir()
+    write_small(tmp_path / "c")
+    write_small(tmp_path / "c", 3)
+    assert (tmp_path / "c.old").is_dir()
 
 
 @pytest.mark.parametrize("replaces", [False, True])

@@ -196,6 +196,21 @@ def test_phases_on_different_grids_meet_through_their_affines(tmp_path):
     assert np.abs(phases["es"][:, 3:, 5:] - es[:, 3:, 5:]).max() < 0.1
 
 
+@pytest.mark.parametrize("placed", ["ed", "es"])
+def test_a_phase_without_an_affine_lies_in_its_file_as_the_other_does(tmp_path, placed):
+    """So that neither is mirrored against the other."""
+    volumes = dict(zip(("ed", "es"), heart_volumes(), strict=True))
+    turned = oblique()
+    turned[:3, 0] *= -1  # columns run from right to left
+    for name, volume in volumes.items():
+        affine = turned if name == placed else None
+        write_nifti(tmp_path / f"{name}.nii", volume, affine=affine)
+    phases = data.read_phases({name: tmp_path / f"{name}.nii" for name in volumes})
+    flip = -1 if placed == "ed" else 1
+    for name, volume in volumes.items():
+        np.testing.assert_allclose(phases[name], volume[..., ::flip], atol=1e-3)
+
+
 # ---------------------------------------------------------------- millimetre grid
 
 
@@ -441,6 +456,13 @@ def test_augmentation_depends_on_seed_epoch_and_subject_only(cohort_folder):
         assert torch.equal(one[name][2], other[name][0])
         assert not torch.equal(one[name][2], augmented([7], epoch=1)[name][0])
         assert not torch.equal(one[name][2], augmented([7], seed=1)[name][0])
+
+
+def test_augmentation_of_a_grid_larger_than_the_table_of_noise():
+    grid = (20, 240, 240)
+    stored = {"ecg": torch.zeros(1, *data.ECG_SHAPE), "ed": torch.zeros(1, *grid)}
+    assert np.prod(grid) > len(data.noise_table(0, torch.device("cpu")))
+    assert data.augment(stored, [0], seed=0, epoch=0)["ed"].std() > 1e-3
 
 
 def test_augmentation_of_a_single_subject(cohort_folder):

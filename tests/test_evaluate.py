@@ -357,6 +357,26 @@ def test_prediction_from_ecgs_alone(evaluated, run_script, tmp_path):
     assert "too few for an interval" in result.stderr  # 6 validation subjects
 
 
+def test_predictions_never_replace_the_table_they_are_made_from(evaluated, run_script, tmp_path):
+    (tmp_path / "predictions.csv").write_text("id,ecg\n1,1.xml\n")
+    arguments = evaluated["run"], "--predict", tmp_path / "predictions.csv"
+    result = run_script("evaluate.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2 and "would be overwritten" in result.stderr
+    assert (tmp_path / "predictions.csv").read_text() == "id,ecg\n1,1.xml\n"
+
+
+def test_a_figure_of_five_phenotypes_has_five_frames():
+    n, names = 30, ("LVM_g", "LVSV_ml", "LVEF_pct", "RVEF_pct", "RVSV_ml")
+    y = np.random.default_rng(0).normal(size=n)
+    result = {
+        "probe": {name: {"r2": 1.0} for name in names},
+        "predictions": dict.fromkeys(names, y),
+    }
+    table = {"columns": dict.fromkeys(names, y)}
+    figure = evaluate.scatter(result, table, {"test": np.arange(n)}, "five")
+    assert sum(axis.axison for axis in figure.axes) == 5
+
+
 def test_prediction_interval_holds_for_about_95_percent(cohort, tmp_path, monkeypatch, capsys):
     """On many subjects with known error, the interval and the coverage it states are right."""
     n = 1000
