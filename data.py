@@ -353,55 +353,71 @@ def read_phases(row):
     Images are (Z, Y, X) in scanner units, the mask boolean or None. A cine, where the row has one,
     goes before ed and es. Raises InputError that names the file and the rule it breaks.
     """
-    warnings, mask, path = [], None, row.get("cine") or row["es"]
-    if row.get("cine"):
-        stack = open_nifti(path, dimensions=4)
-        frames = read_voxels(stack)  # (Z, Y, X, T)
-        last, given = frames.shape[3] - 1, {}
-        for key in ("ed_frame", "es_frame"):
-            text = row.get(key) or ""
-            valid = not text or (text.isdecimal() and len(text) < 6 and int(text) <= last)
-            why = f"{key} '{text}' is not a frame number from 0 to {last}; correct the manifest"
-            require(valid, path, why)
-            given[key] = int(text) if text else None
-        ed = frames[..., given["ed_frame"] or 0]
-        if given["es_frame"] is None:
-            given["es_frame"] = estimate_es_frame(frames, ed, stack["spacing_mm"])
-            warnings.append("ES frame was estimated from the images")
-        es = frames[..., given["es_frame"]]
-    else:
-        stack, other = open_nifti(row["ed"]), open_nifti(row["es"])
-        placed = stack["affine"] is not None and other["affine"] is not None
-        order = other if placed else stack  # without both affines, ES lies in its file as ED does
-        ed = read_voxels(stack)
-        es = read_voxels({**other, "axes": order["axes"], "flips": order["flips"]})
-        close = np.allclose(stack["spacing_mm"], other["spacing_mm"], rtol=1e-3)
-        alike = ed.shape == es.shape and close
-        if placed:
-            if not (alike and np.allclose(stack["affine"], other["affine"], atol=0.1)):
-                to_es = np.linalg.inv(other["affine"]) @ stack["affine"]  # ED voxel -> ES voxel
-                # mode "constant" would blacken slices at the edge
-                how = {"output_shape": ed.shape, "order": 1, "mode": "grid-constant"}
-                es = ndimage.affine_transform(es, to_es[:3], **how)
-        else:
-            why = f"its grid {es.shape} is not ED's {ed.shape} and no affines place both"
-            require(alike, path, f"{why}; resample one onto the other")
-    for phase, file in ((ed, row.get("cine") or row["ed"]), (es, path)):
+    cine = row.get("cine")
+    found = read_cine(row) if cine else read_pair(row)
+    ed, es, stack, warnings = (found[name] for name in ("ed", "es", "stack", "warnings"))
+    path = cine or row["es"]
+    for phase, file in ((ed, cine or row["ed"]), (es, path)):
         require(np.ptp(phase) > 0, file, "a phase is one constant grey level; convert it again")
     require(not np.array_equal(ed, es), path, "ED and ES are the same image; name two phases")
-    if row.get("mask"):
-        labels, wanted = open_nifti(row["mask"]), stack["shape"][:3]
-        placed = labels["affine"] is not None and stack["affine"] is not None
-        there = not placed or np.allclose(labels["affine"], stack["affine"], atol=0.1)
-        why = f"its grid {labels['shape']} or place is not ED's {wanted}; use ED's label map"
-        require(labels["shape"] == wanted and there, row["mask"], why)
-        order = labels if placed else stack
-        mask = read_voxels({**labels, "axes": order["axes"], "flips": order["flips"]}) > 0
-        require(mask.any(), row["mask"], "labels no voxel; empty the cell or segment the heart")
-    mm = stack["spacing_mm"]
+    mask, mm = read_mask(row["mask"], stack) if row.get("mask") else None, stack["spacing_mm"]
     if not (4 <= mm[0] <= 15 and 0.5 <= mm[1] <= 4 and 0.5 <= mm[2] <= 4):
         warnings.append("voxel spacing is unusual (expected 4-15 mm of slices, 0.5-4 mm in plane)")
     return {"ed": ed, "es": es, "mask": mask, "spacing_mm": mm, "warnings": warnings, "path": path}
+
+
+def read_cine(row):
+    """ED and ES of a 4D NIfTI: dict(stack (as open_nifti gives it), ed, es (Z, Y, X), warnings)."""
+    stack, warnings = open_nifti(row["cine"], dimensions=4), []
+    frames = read_voxels(stack)  # (Z, Y, X, T)
+    last, given = frames.shape[3] - 1, {}
+    for key in ("ed_frame", "es_frame"):
+        text = row.get(key) or ""
+        valid = not text or (text.isdecimal() and len(text) < 6 and int(text) <= last)
+        why = f"{key} '{text}' is not a frame number from 0 to {last}; correct the manifest"
+        require(valid, row["cine"], why)
+        given[key] = int(text) if text else None
+    ed = frames[..., given["ed_frame"] or 0]
+    if given["es_frame"] is None:
+        given["es_frame"] = estimate_es_frame(frames, ed, stack["spacing_mm"])
+        warnings.append("ES frame was estimated from the images")
+    return {"stack": stack, "ed": ed, "es": frames[..., given["es_frame"]], "warnings": warnings}
+
+
+def read_pair(row):
+    """ED and ES of two 3D NIfTI files, ES brought onto the grid of ED: returns as read_cine."""
+    stack = open_nifti(row["ed"])
+    other = beside(stack, open_nifti(row["es"]))
+    ed, es = read_voxels(stack), read_voxels(other)
+    alike = ed.shape == es.shape
+    alike = alike and np.allclose(stack["spacing_mm"], other["spacing_mm"], rtol=1e-3)
+    if other["affine"] is None:
+        why = f"its grid {es.shape} is not ED's {ed.shape} and no affines place both"
+        require(alike, row["es"], f"{why}; resample one onto the other")
+    elif not (alike and np.allclose(stack["affine"], other["affine"], atol=0.1)):
+        to_es = np.linalg.inv(other["affine"]) @ stack["affine"]  # ED voxel -> ES voxel
+        # mode "constant" would blacken slices at the edge
+        how = {"output_shape": ed.shape, "order": 1, "mode": "grid-constant"}
+        es = ndimage.affine_transform(es, to_es[:3], **how)
+    return {"stack": stack, "ed": ed, "es": es, "warnings": []}
+
+
+def read_mask(path, stack):
+    """A label map on the grid of ED, whose opened file is `stack` -> boolean (Z, Y, X)."""
+    labels, wanted = beside(stack, open_nifti(path)), stack["shape"][:3]
+    there = labels["affine"] is None or np.allclose(labels["affine"], stack["affine"], atol=0.1)
+    why = f"its grid {labels['shape']} or place is not ED's {wanted}; use ED's label map"
+    require(labels["shape"] == wanted and there, path, why)
+    mask = read_voxels(labels) > 0
+    require(mask.any(), path, "labels no voxel; empty the cell or segment the heart")
+    return mask
+
+
+def beside(stack, other):
+    """Another opened file of the same heart: in the order of `stack` unless affines place both."""
+    if stack["affine"] is not None and other["affine"] is not None:
+        return other
+    return {**other, "axes": stack["axes"], "flips": stack["flips"], "affine": None}
 
 
 def motion_box(ed, es, spacing_mm):
