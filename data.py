@@ -1383,7 +1383,8 @@ def main():
         require(value is None or value >= least, f"--{name}", f"must be at least {least}")
     common = {}
     if "grid" in args:
-        fits = all(low <= n <= 512 for low, n in zip((4, 8, 8), args.grid, strict=True))
+        patch = (4, 8, 8)  # of models.cmr_encoder: a smaller grid would hold none
+        fits = all(low <= n <= 512 for low, n in zip(patch, args.grid, strict=True))
         require(fits, "--grid", "must be from 4 x 8 x 8 to 512 x 512 x 512 voxels")
         valid = all(0.1 < mm < 100 for mm in args.spacing)
         require(valid, "--spacing", "must be from 0.1 to 100 mm along each axis")
