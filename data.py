@@ -533,7 +533,7 @@ def read_table(path, required):
     columns = rows[0][1] if rows else []
     missing, own = [name for name in required if name not in columns], [*columns, "line", "wrong"]
     header = f"its header is {','.join(columns)[:200] or 'empty'}"
-    require(not missing, path, f"has no column {', '.join(missing)}; {header}")
+    require(not missing, path, f"has no column {', '.join(missing)}; {header}; add it")
     why = f"names a column twice, or 'line' or 'wrong', which are taken; {header}"
     require(len(set(own)) == len(own), path, why)
     require(len(rows) > 1, path, "has a header but no rows; add one row a subject")
@@ -766,7 +766,8 @@ def summarize_rejected(rejected):
     """Identical reasons grouped, most frequent first, each with one example file."""
     examples = {bad["reason"]: bad["file"] for bad in reversed(rejected)}
     counts = Counter(bad["reason"] for bad in rejected)
-    return "; ".join(f"{n}x {why} (e.g. {examples[why]})" for why, n in counts.most_common(5))
+    told = [f"{n}x {why} (e.g. {examples[why]})" for why, n in counts.most_common(5)]
+    return "; ".join(told + [f"and {len(counts) - 5} more kinds"] * (len(counts) > 5))
 
 
 def open_cohort(folder):
@@ -861,8 +862,11 @@ def read_batch(cohort, rows, device="cpu", ecg_rows=None, names=("ecg", "ed", "e
                 file.seek(mapped.offset + int(row) * array[0].nbytes)
                 file.readinto(array[k])
         stored[name] = torch.from_numpy(array).to(device)  # small as stored: converted there
-    if varied:
-        return augment(stored, rows, *varied)
+    return augment(stored, rows, *varied) if varied else as_batch(stored)
+
+
+def as_batch(stored):
+    """Arrays as a cohort stores them, (B, ...), as they are: a batch as read_batch gives it."""
     scale = {"ecg": 1e-3, "ed": 1 / 255, "es": 1 / 255}
     batch = {name: x.float().mul_(scale[name]) for name, x in stored.items()}
     return {name: x if name == "ecg" else x[:, None] for name, x in batch.items()}
@@ -1306,14 +1310,14 @@ def show(cohort, subject, out):
     for lead, start, length, line in [*traces, (1, 0, 2500, 3)]:  # then lead II in full
         part = slice(start, start + length)
         paper.plot(seconds[part], batch["ecg"][0, lead, part] - 3 * line, "k", lw=0.8)
-        paper.text(seconds[start] + 0.05, 1 - 3 * line, LEADS[lead], weight="bold")
+        paper.text(seconds[start] + 0.05, 1.5 - 3 * line, LEADS[lead], weight="bold")
     paper.set_xticks(np.arange(0, 10.1, 0.2), minor=True)
     paper.set_yticks(np.arange(-11, 2.1, 0.5), minor=True)
     paper.grid(which="both", color="#f3c6c6", lw=0.5)
     paper.set(xlim=(0, 10), ylim=(-10.5, 2), xlabel="time (s)", ylabel="mV, rows 3 mV apart")
     values = ", ".join(f"{name} {column[row]:.3g}" for name, column in cohort["columns"].items())
-    title = f"{subject}, {cohort['split'][row]}, {cohort['source']['kind']}: {values}"
-    figure.suptitle(title, fontsize=9, wrap=True)
+    title = f"{subject}, {cohort['split'][row]}, {cohort['source']['kind']}\n{values}"
+    figure.suptitle(title, fontsize=8, wrap=True)
     mm_z, mm_y, mm_x = cohort["spacing_mm"]
     for phase in ("ed", "es"):
         slices = list(batch[phase][0, 0].numpy())  # of (Y, X), four in a row without gaps
@@ -1397,8 +1401,10 @@ def main():
         synthesize(args.folder, args.subjects, args.seed, **common)
     elif args.command == "demo":
         write_demo(args.folder, args.subjects, args.seed)
+        print(f"wrote {Path(args.folder) / 'manifest.csv'} and the files that it names")
     else:
         show(open_cohort(args.folder), args.subject, args.out)
+        print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

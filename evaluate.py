@@ -252,9 +252,9 @@ def compare(a, b):
 
     def table(kind, name, change):
         pairs = {k: (a["samples"][k], b["samples"][k]) for k in a[kind] if k in b[kind]}
-        # relative to nothing has no meaning
-        kept = {k: pair for k, pair in pairs.items() if name != "relative" or pair[1][0] > 0.01}
-        return {k: summary(change(*pair), name, "ci") for k, pair in kept.items()}
+        if name == "relative":  # to what may be nothing, it has no meaning
+            pairs = {k: pair for k, pair in pairs.items() if np.nanpercentile(pair[1], 2.5) > 0}
+        return {k: summary(change(*pair), name, "ci") for k, pair in pairs.items()}
 
     return {
         "paired": table("probe", "delta_r2", np.subtract),
@@ -388,7 +388,7 @@ def encode_row(run, table, mains_hz, device, row):
     except Exception as error:  # one file that breaks a reader must not stop the others
         why = data.printable(getattr(error, "why", error))
         return {"id": row["id"], "file": getattr(error, "where", path), "reason": why}
-    batch = {"ecg": torch.from_numpy(ecg["ecg"][None] / np.float32(1000)).to(device)}
+    batch = data.as_batch({"ecg": torch.from_numpy(ecg["ecg"][None]).to(device)})
     with torch.no_grad():
         features = run["model"](batch)["ecg"].cpu().numpy()
     return {"row": {"id": row["id"], "features": features}, "warnings": ecg["warnings"]}
@@ -462,7 +462,7 @@ def bars(methods, title):
     axis.set_xticks(range(len(names)), [label(name).replace(" ", "\n") for name in names])
     axis.axvline(len(grouped["structural"]) - 0.5, color="gray", lw=1)
     axis.set(xlabel="structural | functional phenotypes", ylabel="R² on test, 95 % bootstrap")
-    axis.set(title=title, ylim=(max(-0.5, axis.get_ylim()[0]), None))
+    axis.set(title=title, ylim=np.clip(axis.get_ylim(), -0.5, 1.05))
     figure.legend(frameon=False, ncols=4, loc="outside lower center")
     return figure
 
@@ -500,7 +500,8 @@ def scatter(result, cohort, rows, title):
         y, p = cohort["columns"][name][rows["test"]], result["predictions"][name][rows["test"]]
         axis.plot(y, p, ".", ms=3, color=COLORS[0])
         axis.axline((np.nanmean(y), np.nanmean(y)), slope=1, color="black", lw=1)
-        ends = [np.nanmin(np.append(y, p)), np.nanmax(np.append(y, p))]
+        low, high = np.nanmin(np.append(y, p)), np.nanmax(np.append(y, p))
+        ends = low - 0.03 * (high - low), high + 0.03 * (high - low)
         axis.set(xlabel=f"true {label(name)}", ylabel=f"predicted {label(name)}")
         axis.set(xlim=ends, ylim=ends, aspect="equal")
         axis.set_title(f"R² {cell(result['probe'][name], 'r2')}", fontsize=10)
@@ -550,7 +551,9 @@ def figures(metrics, results, first, cohort, rows, embeddings):
     if own and metrics["labels"]:
         drawn["labels"] = label_figure(metrics["labels"], own, rows, note)
     if len(rows["test"]) > 1:
-        drawn["gallery"] = gallery(cohort, embeddings, rows["test"], f"Retrieval{note}")
+        drawn["gallery"] = gallery(
+            cohort, embeddings, rows["test"], f"Hearts nearest to an ECG{note}"
+        )
     return drawn
 
 

@@ -38,10 +38,7 @@ def main():
     args = parse_arguments()
     world = start_processes(args.device)
     device, chief = world["device"], world["rank"] == 0
-    cohort = data.find_cohort(args.data) if chief else None
-    if world["size"] > 1:
-        dist.barrier()  # the first process has prepared the cohort for all
-        cohort = cohort or data.find_cohort(args.data)
+    cohort = open_together(args.data, world)
     rows = {name: np.flatnonzero(cohort["split"] == name) for name in ("train", "val")}
     rows["train"] = rows["train"][: args.limit]
     args.batch_size = choose_batch_size(args.batch_size, len(rows["train"]), world["size"])
@@ -197,6 +194,20 @@ def start_processes(device):
     return {"rank": dist.get_rank(), "size": dist.get_world_size(), "device": torch.device(device)}
 
 
+def open_together(path, world):
+    """The cohort of --data, which the first process prepares, or fails to, while others wait."""
+    made = torch.zeros(1, device=world["device"])
+    try:
+        cohort = data.find_cohort(path) if world["rank"] == 0 else None
+        made += 1
+    finally:
+        if world["size"] > 1:
+            dist.broadcast(made, 0)
+    if not made:
+        sys.exit(2)  # the first process has said why
+    return cohort or data.find_cohort(path)
+
+
 def choose_batch_size(wanted, subjects, processes):
     """The global batch size: --batch-size, or 64 where there are as many training subjects."""
     size = wanted or min(64, subjects) // processes * processes
@@ -333,14 +344,14 @@ def resume(args, cohort, model, optimizer):
     why = "is damaged or of another model ({error.__class__.__name__}); use --overwrite"
     with data.explain(path, why):
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        differing = [
+        former, differing = saved["args"]["data"], []
+        if saved["cohort"] != cohort["fingerprint"]:
+            differing += [f"--data was {former}, and {cohort['folder']} is another or made anew"]
+        differing += [
             f"--{name.replace('_', '-')} was {saved['args'].get(name)} and is {value}"
             for name, value in vars(args).items()
             if name not in free and value != saved["args"].get(name)
         ]
-        if saved["cohort"] != cohort["fingerprint"]:
-            former = saved["args"]["data"]
-            differing.append(f"--data was {former}, is {cohort['folder']} or changed")
         if not differing:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -366,12 +377,16 @@ def draw_curves(args, cohort, log):
                 style = "--" if name in ("val_total", "val_top1_chance") else "-"
                 axis.plot(*zip(*points, strict=True), style, label=text)
         axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
     left.axhline(math.log(args.batch_size), color="gray", lw=1, label="ln B (chance)")
+    if log and "val_top1_chance" in log[0]:
+        chance = -math.log(log[0]["val_top1_chance"])
+        left.axhline(chance, color="gray", lw=1, ls="--", label="chance, validation")
     left.set_ylabel("InfoNCE (nats)")
     right.set_ylabel("validation: own heart first in its batch")
     for axis in (left, right):
         if axis.lines:
-            axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+            axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8, frameon=False)
     data.write(Path(args.out) / "curves.png", partial(figure.savefig, dpi=110, format="png"))
 
 

@@ -365,6 +365,16 @@ def test_predictions_never_replace_the_table_they_are_made_from(evaluated, run_s
     assert (tmp_path / "predictions.csv").read_text() == "id,ecg\n1,1.xml\n"
 
 
+def test_nothing_is_told_relative_to_a_baseline_that_may_be_nothing():
+    """R^2 of 0.5 against one of 0.4, certain or not."""
+    sure, vague = np.full(100, 0.4), np.linspace(-1, 1.8, 100)
+    own = {"groups": {"functional": {}}, "samples": {"functional": np.full(100, 0.5)}}
+    own |= {"probe": {}, "outcomes": {}}
+    against = [own | {"samples": {"functional": samples}} for samples in (sure, vague)]
+    found = [evaluate.compare(own, other)["relative"] for other in against]
+    assert found[0]["functional"]["relative"] == pytest.approx(0.25) and found[1] == {}
+
+
 def test_a_figure_of_five_phenotypes_has_five_frames():
     n, names = 30, ("LVM_g", "LVSV_ml", "LVEF_pct", "RVEF_pct", "RVSV_ml")
     y = np.random.default_rng(0).normal(size=n)

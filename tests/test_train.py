@@ -301,6 +301,14 @@ def test_wrong_arguments_end_a_real_process_too(run_script, tmp_path):
     assert done.stderr.count("\n") == 1 and "--temperature" in done.stderr
 
 
+def test_with_two_processes_one_says_what_is_wrong_and_none_shows_a_traceback(run_script, tmp_path):
+    """Of train.py, that is: torchrun reports about its processes in its own way."""
+    done = run_script("train.py", "--data", "nowhere", cwd=tmp_path, processes=2)
+    assert done.returncode and done.stderr.count("nowhere: does not exist") == 1
+    assert "train.py" not in done.stderr.split("nowhere: does not exist")[0]
+    assert "[rank" not in done.stderr and "find_cohort" not in done.stderr
+
+
 @pytest.fixture
 def run_copy(whole, tmp_path):
     shutil.copytree(whole["folder"], tmp_path / "run")
