@@ -884,13 +884,13 @@ def read_ahead(load, tasks):
     The thread works alone: a second team of threads would compete with that of the step.
     """
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
-        ahead = None
+        waiting = []  # taken out before it is given away: a name for it would keep its memory
         for task in tasks:
-            ready, ahead = ahead, thread.submit(load, task)
-            if ready:
-                yield ready.result()
-        if ahead:
-            yield ahead.result()
+            waiting.append(thread.submit(load, task))
+            if len(waiting) > 1:
+                yield waiting.pop(0).result()
+        while waiting:
+            yield waiting.pop(0).result()
 
 
 @lru_cache
