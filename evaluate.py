@@ -564,48 +564,52 @@ def cell(entry, key, form=".2f"):
     return f"{entry[key]:{form}}{interval}" if entry else "-"
 
 
-def markdown(title, columns, names, key, form=".2f"):
-    """Lines of a table: columns {heading: {name: metrics}}, one row for each of names."""
+def markdown(title, columns, names, form=".2f"):
+    """Lines of a table: columns {heading: ({name: metrics}, key)}, one row for each of names."""
     rows = [[title, *columns], ["---"] * (1 + len(columns))]
-    rows += [[name, *(cell(c.get(name), key, form) for c in columns.values())] for name in names]
+    for name in names:
+        rows += [[name, *(cell(table.get(name), key, form) for table, key in columns.values())]]
     return ["", *("| " + " | ".join(row) + " |" for row in rows)]
 
 
 def table_text(metrics, cohort, rows, first):
     """table.md: probes, differences, latents, outcomes, few labels and retrieval."""
     runs, outcomes, grouped = metrics["runs"], cohort["outcomes"], groups(cohort["phenotypes"])
+
+    def each(tables, key):
+        return {heading: (table, key) for heading, table in tables.items()}
+
+    def with_groups(tables):
+        return {name: table | metrics["groups"][name] for name, table in tables.items()}
+
     probes = {name: run["probe"] for name, run in runs.items()} | metrics["baselines"]
     latents = {f"{first}.{key}": table for key, table in runs[first]["latents"].items()}
-    tables = {name: t | metrics["groups"][name] for name, t in (probes | latents).items()}
     names = [name for group in grouped for name in [*grouped[group], group] if grouped[group]]
-    for title, key in (("r", "pearson"), ("MAE", "mae")):
-        tables[f"{title} ({first})"] = {name: {"r2": m[key]} for name, m in probes[first].items()}
     splits = ", ".join(f"{len(r)} {name}" for name, r in rows.items())
-    kind = cohort["source"]["kind"].capitalize()
+    kind, own = cohort["source"]["kind"].capitalize(), probes[first]
     lines = [f"{kind} cohort ({splits} subjects). R² on test, against the training mean, with 95 %"]
     lines += ["intervals; structural, functional: mean of the group; MAE in the phenotype's unit."]
-    lines += markdown("R²", {k: tables[k] for k in tables if k not in latents}, names, "r2")
+    more = {f"r ({first})": (own, "pearson"), f"MAE ({first})": (own, "mae")}
+    lines += markdown("R²", each(with_groups(probes), "r2") | more, names)
     for title, key, score, form, shown in (
-        ("minus", "paired", "delta_r2", "+.2f", probes[first]),
+        ("minus", "paired", "delta_r2", "+.2f", own),
         ("relative to", "relative", "relative", "+.1%", grouped),
     ):
         others = {pair.removeprefix(f"{first}-"): t for pair, t in metrics[key].items()}
         others.pop("mean")
-        lines += markdown(f"R² of {first} {title}", others, shown, score, form)
-    lines += markdown("R² from latents", {k: tables[k] for k in (first, *latents)}, names, "r2")
+        lines += markdown(f"R² of {first} {title}", each(others, score), shown, form)
+    lines += markdown("R² from latents", each(with_groups({first: own} | latents), "r2"), names)
     if outcomes:
         tables = {n: run["outcomes"] for n, run in runs.items()} | metrics["baseline_outcomes"]
-        lines += markdown("AUROC", tables, outcomes, "auroc")
-        tables["prevalence"] = {n: {"auprc": m["prevalence"]} for n, m in tables[first].items()}
-        lines += markdown("AUPRC", tables, outcomes, "auprc")
+        lines += markdown("AUROC", each(tables, "auroc"), outcomes)
+        more = {"prevalence": (tables[first], "prevalence")}
+        lines += markdown("AUPRC", each(tables, "auprc") | more, outcomes)
     for n, tables in metrics["labels"].items():
-        lines += markdown(f"R², {n} labels", tables, cohort["phenotypes"], "r2")
+        lines += markdown(f"R², {n} labels", each(tables, "r2"), cohort["phenotypes"])
+    shown = "recall@1 chance@1 recall@5 chance@5 recall@10 chance@10 median_rank chance_rank n"
     for name, run in runs.items():
-        tables, found = {}, run["retrieval"].items()
-        shown = "recall@1 chance@1 recall@5 chance@5 recall@10 chance@10 median_rank chance_rank n"
-        for key in shown.split():
-            tables[key] = {d: {"v": r[key], "ci": r.get(f"{key}_ci")} for d, r in found}
-        lines += markdown(f"retrieval, {name}", tables, run["retrieval"], "v", ".3g")
+        columns = {key: (run["retrieval"], key) for key in shown.split()}
+        lines += markdown(f"retrieval, {name}", columns, run["retrieval"], ".3g")
     return "\n".join(lines) + "\n"
 
 
