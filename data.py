@@ -417,7 +417,9 @@ def beside(stack, other):
     """Another opened file of the same heart: in the order of `stack` unless affines place both."""
     if stack["affine"] is not None and other["affine"] is not None:
         return other
-    return {**other, "axes": stack["axes"], "flips": stack["flips"], "affine": None}
+    spacing = other["spacing_mm"][np.argsort(other["axes"])][stack["axes"]]
+    order = {"axes": stack["axes"], "flips": stack["flips"], "spacing_mm": spacing}
+    return {**other, **order, "affine": None}
 
 
 def motion_box(ed, es, spacing_mm):

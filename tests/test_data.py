@@ -211,6 +211,18 @@ def test_a_phase_without_an_affine_lies_in_its_file_as_the_other_does(tmp_path, 
         np.testing.assert_allclose(phases[name], volume[..., ::flip], atol=1e-3)
 
 
+def test_a_phase_without_an_affine_takes_over_which_axis_is_which(tmp_path):
+    """Rows and columns change places, and with them pixels of 2.5 x 3 mm."""
+    swapped = [volume.swapaxes(1, 2) for volume in heart_volumes()]
+    affine = oblique((10, 2.5, 3))[:, [1, 0, 2, 3]]
+    write_nifti(tmp_path / "ed.nii", swapped[0], affine=affine)
+    write_nifti(tmp_path / "es.nii", swapped[1], spacing_mm=(10, 3, 2.5))
+    phases = data.read_phases({name: tmp_path / f"{name}.nii" for name in ("ed", "es")})
+    np.testing.assert_allclose(phases["spacing_mm"], (10, 2.5, 3), atol=1e-5)
+    for name, volume in zip(("ed", "es"), heart_volumes(), strict=True):
+        np.testing.assert_allclose(phases[name], volume, atol=1e-3)
+
+
 # ---------------------------------------------------------------- millimetre grid
 
 
