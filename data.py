@@ -648,8 +648,10 @@ def in_parallel(function, tasks, workers, what):
     except BrokenProcessPool:
         why = "a process was killed, most likely for lack of memory; use fewer processes"
         raise InputError("--workers", why) from None
-    finally:
+    finally:  # a second Ctrl-C in here would leave workers that wait for ever
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, heard)
 
 
 def serve():

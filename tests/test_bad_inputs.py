@@ -532,9 +532,11 @@ def demo(tmp_path):
 
 
 @pytest.mark.parametrize("replaces", [False, True])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number, times", [(signal.SIGKILL, 1), (signal.SIGINT, 1), (signal.SIGINT, 2)]
+)
 def test_interrupted_prepare_leaves_the_old_cohort_or_none(
-    number, replaces, demo, tmp_path, monkeypatch, command
+    number, times, replaces, demo, tmp_path, monkeypatch, command
 ):
     folder = tmp_path / "c"
     if replaces:
@@ -557,6 +559,9 @@ def test_interrupted_prepare_leaves_the_old_cohort_or_none(
         time.sleep(0.01)
     workers = children(process.pid)
     os.kill(process.pid, number)
+    if times == 2:  # as the impatient do
+        time.sleep(0.05)
+        os.kill(process.pid, number)
     process.join(30)
     assert process.exitcode == (130 if number == signal.SIGINT else -signal.SIGKILL)
     said = (tmp_path / "said.txt").read_text()
