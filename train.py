@@ -189,7 +189,7 @@ def start_processes(device):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Its successor is unknown to torch 2.4.
     warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-    # The others wait in a barrier while the first prepares raw files, for hours perhaps.
+    # The others wait while the first prepares raw files, for hours perhaps.
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
     return {"rank": dist.get_rank(), "size": dist.get_world_size(), "device": torch.device(device)}
 
@@ -203,6 +203,8 @@ def open_together(path, world):
     finally:
         if world["size"] > 1:
             dist.broadcast(made, 0)
+            if not made:
+                dist.destroy_process_group()  # its threads would abort an exit now and then
     if not made:
         sys.exit(2)  # the first process has said why
     return cohort or data.find_cohort(path)

@@ -47,12 +47,14 @@ def numbers(metrics):
 def main():
     seeds = [numbers(json.loads(Path(path).read_text())) for path in sys.argv[1:]]
     for table, rows in seeds[0].items():
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        columns = list(
+            dict.fromkeys(c for seed in seeds for row in seed[table].values() for c in row)
+        )
         print(f"\n| {table} | {' | '.join(columns)} |\n{'|---' * (1 + len(columns))}|")
         for row in rows:
             cells = []
             for column in columns:
-                values = [seed[table][row][column] for seed in seeds if column in rows[row]]
+                values = [seed[table][row][column] for seed in seeds if column in seed[table][row]]
                 spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "-")
             print(f"| {row} | {' | '.join(cells)} |")

@@ -367,7 +367,7 @@ def test_predictions_never_replace_the_table_they_are_made_from(evaluated, run_s
 
 def test_nothing_is_told_relative_to_a_baseline_that_may_be_nothing():
     """R^2 of 0.5 against one of 0.4, certain or not."""
-    sure, vague = np.full(100, 0.4), np.linspace(-1, 1.8, 100)
+    sure, vague = np.full(100, 0.4), np.append(0.4, np.linspace(-1, 1.8, 99))
     own = {"groups": {"functional": {}}, "samples": {"functional": np.full(100, 0.5)}}
     own |= {"probe": {}, "outcomes": {}}
     against = [own | {"samples": {"functional": samples}} for samples in (sure, vague)]
