@@ -100,7 +100,8 @@ def read_ecg(path):
     path = Path(path)
     reader = {".xml": read_cardiosoft, ".hea": read_wfdb}.get(path.suffix.lower())
     require(reader, path, "is neither CardioSoft .xml nor WFDB .hea; convert it to one of them")
-    require_ecg_file(path)
+    require_file(path)
+    require_small(path)
     raw = reader(path)
     leads, rate = raw["leads"], raw["sampling_rate_hz"]
     names = Counter(name for name, _ in leads)
@@ -113,8 +114,7 @@ def read_ecg(path):
     return {"ecg_mv": np.stack([leads[name] for name in LEADS]), "sampling_rate_hz": rate}
 
 
-def require_ecg_file(path):
-    require_file(path)
+def require_small(path):
     small = path.stat().st_size <= LARGEST_ECG_MB * 1e6
     require(small, path, f"is larger than {LARGEST_ECG_MB} MB, as no 12-lead rest ECG is; check it")
 
@@ -195,7 +195,7 @@ def read_wfdb(path):
         here = Path(name).name == name and len(name.encode()) < 256 and not source.is_symlink()
         require(here, path, f"signal file '{name:.99}' is outside the header's folder; move it in")
         require(source.is_file(), path, f"signal file '{name}' is missing; put it beside it")
-        require_ecg_file(source)
+        require_small(source)
         samples, offset = length * len(own), own[0]["offset"]
         whole = source.stat().st_size >= offset + 2 * samples
         require(whole, source, f"ends before the {length} samples of its header; copy it again")
@@ -767,11 +767,13 @@ def write(path, save):
 
 
 def summarize_rejected(rejected):
-    """Identical reasons grouped, most frequent first, each with one example file."""
-    examples = {bad["reason"]: bad["file"] for bad in reversed(rejected)}
-    counts = Counter(bad["reason"] for bad in rejected)
-    told = [f"{n}x {why} (e.g. {examples[why]})" for why, n in counts.most_common(5)]
-    return "; ".join(told + [f"and {len(counts) - 5} more kinds"] * (len(counts) > 5))
+    """Reasons alike but for numbers and (details) grouped, most frequent first, with an example."""
+    kinds = {}
+    for bad in rejected:
+        kinds.setdefault(re.sub(r"\(.*?\)|\d", "", bad["reason"]), []).append(bad)
+    ranked = sorted(kinds.values(), key=len, reverse=True)
+    told = [f"{len(kind)}x {kind[0]['reason']} (e.g. {kind[0]['file']})" for kind in ranked]
+    return "; ".join(told[:5] + [f"and {len(told) - 5} more kinds"] * (len(told) > 5))
 
 
 def open_cohort(folder):
@@ -898,8 +900,9 @@ def read_ahead(load, tasks):
 
 
 @lru_cache
-def noise_table(seed, device):
-    return torch.randn(2**20, generator=torch.Generator().manual_seed(seed)).to(device)
+def noise_table(seed, device, rounds):
+    table = torch.randn(2**20, generator=torch.Generator().manual_seed(seed))
+    return table.repeat(rounds).to(device)  # a large grid goes around it more than once
 
 
 def augment(stored, rows, seed, epoch):
@@ -923,9 +926,7 @@ def augment(stored, rows, seed, epoch):
         return low + (high - low) * torch.stack([next(columns) for _ in range(n)], 1)
 
     def add_noise(x, highest):  # a subject's piece of one fixed table, as drawing afresh is slow
-        table = noise_table(seed, ecg.device)
-        while len(table) < x[0].numel():  # a large grid goes around it more than once
-            table = table.repeat(2)
+        table = noise_table(seed, ecg.device, rounds=math.ceil(x[0].numel() / 2**20))
         starts, sizes = uniform(0, 1)[:, 0].tolist(), uniform(0, highest)[:, 0].tolist()
         for one, start, size in zip(x, starts, sizes, strict=True):
             first = int(start * (len(table) - one.numel()))
@@ -1287,7 +1288,8 @@ def prepare(manifest, folder, workers=None, mains_hz=50, grid=GRID, spacing_mm=S
 
 def report(rejected, warnings):
     """Lines that name each bad row, group the reasons, and tell what is suspicious."""
-    lines = [f"rejected {printable(b['id'])}: {b['file']}: {b['reason']}" for b in rejected]
+    told = "rejected {}: {}: {}".format
+    lines = [told(printable(b["id"] or "(no id)"), b["file"], b["reason"]) for b in rejected]
     lines += [f"reasons: {summarize_rejected(rejected)}"] if len(lines) > 1 else []
     return lines + [f"warning: {text} ({n} subjects)" for text, n in warnings.most_common()]
 

@@ -11,6 +11,7 @@ of processes, nor an interruption changes the result by more than rounding.
 """
 
 import argparse
+import atexit
 import io
 import math
 import os
@@ -191,6 +192,7 @@ def start_processes(device):
     warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
     # The others wait while the first prepares raw files, for hours perhaps.
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
+    atexit.register(dist.destroy_process_group)  # its threads would abort an exit now and then
     return {"rank": dist.get_rank(), "size": dist.get_world_size(), "device": torch.device(device)}
 
 
@@ -203,8 +205,6 @@ def open_together(path, world):
     finally:
         if world["size"] > 1:
             dist.broadcast(made, 0)
-            if not made:
-                dist.destroy_process_group()  # its threads would abort an exit now and then
     if not made:
         sys.exit(2)  # the first process has said why
     return cohort or data.find_cohort(path)

@@ -62,9 +62,8 @@ def main():
             with contextlib.redirect_stdout(io.StringIO()):
                 train.main()
             model = evaluate.load_run(out)["model"]
-            features = evaluate.extract(model, cohort, torch.device("cpu"), ("ecg",))["features"][
-                "ecg"
-            ]
+            frozen = evaluate.extract(model, cohort, torch.device("cpu"), ("ecg",))
+            features = frozen["features"]["ecg"]
             x, once = evaluate.standardise(features, rows["train"]), np.ones((1, len(rows["test"])))
             found = evaluate.probe(x, cohort, rows, once, outcomes=False)
             scores = [found["groups"][name]["r2"] for name in ("structural", "functional")]

@@ -340,8 +340,8 @@ def test_bad_row_is_named_with_file_and_rule(case, good_files, tmp_path, command
     monkeypatch.setattr(data, "in_parallel", lambda task, rows, *_: map(task, rows))  # quicker
     code, out, err = command(data.main, "check", manifest)
     assert code == 2 and err == "" and "1 of 2 rows are usable" in out, out + err  # good goes on
-    id_, file, reason = re.match(r"rejected (\w*): (.*?): (.*)", out).groups()
-    assert id_ == changed.get("id", "bad") and rule in reason, out
+    id_, file, reason = re.match(r"rejected (.*?): (.*?): (.*)", out).groups()
+    assert id_ == (changed.get("id", "bad") or "(no id)") and rule in reason, out
     assert "; " in reason or "must" in reason, f"no remedy: {reason}"
     names = {"bad", "b", "d", "cine", "good", "nowhere", "x" * 999, "manifest"}
     assert Path(file).name.split(".")[0].split("_")[0] in names
@@ -352,6 +352,15 @@ def test_bad_row_is_named_with_file_and_rule(case, good_files, tmp_path, command
         where = Path(file)
         assert any(where.stem.split(".")[0] == Path(v).stem.split(".")[0] for v in changed_names)
     assert "Error:" not in reason and state(tmp_path) == before
+
+
+def test_reasons_that_differ_in_numbers_and_details_are_one_kind():
+    reasons = [f"is not readable XML (line {k}); export it again" for k in range(3)]
+    reasons += ["lasts 4.0 s", "lasts 7.5 s", "is a folder", "a", "b", "c"]
+    rejected = [{"id": "", "file": f"{k}.xml", "reason": why} for k, why in enumerate(reasons)]
+    told = data.summarize_rejected(rejected).split("; ")
+    assert told[0] == "3x is not readable XML (line 0)" and told[2] == "2x lasts 4.0 s (e.g. 3.xml)"
+    assert told[3] == "1x is a folder (e.g. 5.xml)" and told[-1] == "and 1 more kinds"
 
 
 def test_there_are_enough_cases():

@@ -473,7 +473,7 @@ def test_augmentation_depends_on_seed_epoch_and_subject_only(cohort_folder):
 def test_augmentation_of_a_grid_larger_than_the_table_of_noise():
     grid = (20, 240, 240)
     stored = {"ecg": torch.zeros(1, *data.ECG_SHAPE), "ed": torch.zeros(1, *grid)}
-    assert np.prod(grid) > len(data.noise_table(0, torch.device("cpu")))
+    assert np.prod(grid) > len(data.noise_table(0, torch.device("cpu"), 1))
     assert data.augment(stored, [0], seed=0, epoch=0)["ed"].std() > 1e-3
 
 
@@ -484,7 +484,7 @@ def test_augmentation_of_a_single_subject(cohort_folder):
 
 
 def test_both_phases_move_alike_and_are_never_mirrored(monkeypatch):
-    monkeypatch.setattr(data, "noise_table", lambda seed, device: torch.zeros(2**20))
+    monkeypatch.setattr(data, "noise_table", lambda seed, device, rounds: torch.zeros(2**20))
     ed = torch.zeros(64, 4, 32, 32, dtype=torch.uint8)
     ed[..., 12:20, 4:9] = 255  # the right ventricle, on the left of the image
     for epoch in range(4):
