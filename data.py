@@ -779,7 +779,7 @@ def summarize_rejected(rejected):
 def open_cohort(folder):
     """Check a cohort folder and read everything but its arrays, which stay on disk.
 
-    Returns dict(folder, ids, split (N,) str, columns {name: (N,) float}, covariates, phenotypes,
+    Returns dict(folder, ids and split (N,) str, columns {name: (N,) float}, covariates, phenotypes,
     outcomes (lists of names), grid, spacing_mm, source, fingerprint).
     """
     folder = Path(folder)
@@ -820,7 +820,7 @@ def open_cohort(folder):
     digest = hashlib.sha256(text + table_path.read_bytes()).hexdigest()[:16]
     about = {"grid": grid, "spacing_mm": spacing_mm, "source": source, "fingerprint": digest}
     split = np.array([row["split"] for row in rows])
-    table = {"ids": [row["id"] for row in rows], "split": split, "columns": columns}
+    table = {"ids": np.array([row["id"] for row in rows]), "split": split, "columns": columns}
     return {"folder": folder, **table, **kinds, **about}
 
 
@@ -1307,8 +1307,9 @@ def show(cohort, subject, out):
     from matplotlib.figure import Figure  # slow to import, needed only here
 
     why = f"has no subject {subject}; ids run like {cohort['ids'][0]}"
-    require(subject in cohort["ids"], cohort["folder"], why)
-    row = cohort["ids"].index(subject)
+    found = np.flatnonzero(cohort["ids"] == subject)
+    require(len(found) > 0, cohort["folder"], why)
+    row = found[0]
     batch = read_batch(cohort, [row])
     figure = Figure(figsize=(11.5, 6.9), layout="constrained")
     axes = figure.subplot_mosaic([["ecg", "ed"], ["ecg", "es"]], width_ratios=(1.45, 1))

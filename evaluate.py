@@ -92,8 +92,9 @@ def extract(model, cohort, device, names=("ecg", "ed", "es")):
     model = model.to(device).eval()  # in training mode, batch statistics would drift
     before = copy.deepcopy(model.state_dict())
     names = [name for name in names if name in model.encoders]  # others would be read for nothing
-    stream = batches(cohort, np.arange(len(cohort["ids"])), device, names)
-    features = models.encode_all(model, stream)
+    count = len(cohort["ids"])
+    stream = batches(cohort, np.arange(count), device, names)
+    features = models.encode_all(model, stream, count)
     embeddings = {name: x.cpu() for name, x in model.embed(features).items()}
     if any(not torch.equal(before[key], value) for key, value in model.state_dict().items()):
         raise RuntimeError("the frozen encoder changed while features were extracted")
@@ -713,7 +714,7 @@ def main():
     text = table_text(metrics, cohort, rows, first)
     data.write(out / "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
     data.write(out / "table.md", lambda file: file.write(text.encode()))
-    arrays |= {"id": np.array(cohort["ids"]), "split": cohort["split"]}
+    arrays |= {"id": cohort["ids"], "split": cohort["split"]}
     data.write(out / "features.npz", lambda file: np.savez(file, **arrays))
     for name, figure in figures(metrics, results, first, cohort, rows, embeddings[first]).items():
         if figure:

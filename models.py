@@ -77,10 +77,19 @@ def cmr_encoder():
     return net.to(memory_format=torch.channels_last_3d)  # a quarter faster on CPUs with AVX-512
 
 
-def encode_all(encode, batches):
-    """Features of batches, one after the other, as of one: {name: (N, D)}."""
-    parts = [encode(batch) for batch in batches]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def encode_all(encode, batches, count):
+    """encode(batch) of one batch after the other, of `count` subjects in all: {name: (count, D)}.
+
+    Written into place, as small results kept between large ones would fragment the memory.
+    """
+    whole, start = {}, 0
+    for batch in batches:
+        found = encode(batch)
+        whole = whole or {name: x.new_empty(count, x.shape[1]) for name, x in found.items()}
+        for name, x in found.items():
+            whole[name][start : start + len(x)] = x
+        start += len(x)
+    return whole
 
 
 class Head(nn.Module):

@@ -259,8 +259,9 @@ def validate(model, load, rows, args):
         return {}
     model.eval()
     pieces = np.array_split(rows, math.ceil(len(rows) / (args.micro_batch or args.batch_size)))
-    features = models.encode_all(model, data.read_ahead(load, pieces))
-    sums, whole = {}, model.embed(features)
+    stream = data.read_ahead(load, pieces)
+    whole = models.encode_all(lambda batch: model.embed(model(batch)), stream, len(rows))
+    sums = {}
     for part in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / args.batch_size)):
         embeddings = {name: x[part] for name, x in whole.items()}
         terms = loss.dual_phase_loss(embeddings, args.weights, args.temperature)

@@ -521,7 +521,7 @@ def test_a_fifth_of_bad_subjects_costs_no_good_one(good_files, tmp_path, command
         assert wanted[bad["id"]] in bad["reason"] and bad["file"].startswith(str(folder))
         assert f"rejected {bad['id']}: {bad['file']}: {bad['reason']}" in out
     cohort = data.open_cohort(tmp_path / "c")
-    assert cohort["ids"] == [row["id"] for row in rows if row["id"] not in wanted]
+    assert cohort["ids"].tolist() == [row["id"] for row in rows if row["id"] not in wanted]
     assert cohort["columns"]["LVEF_pct"].tolist() == [50 + int(k) / 2 for k in cohort["ids"]]
     ed = np.load(tmp_path / "c" / "ed.npy")
     assert (ed == ed[0]).all()
