@@ -269,14 +269,15 @@ def limb_lead_residual(ecg_mv):
 SHORT_AXIS = np.array([[-0.61, 0.61, -0.51], [0.36, -0.36, -0.86], [-0.71, -0.71, 0.0]])
 
 
-def open_nifti(path, dimensions=3):
+def open_nifti(path, dimensions=3, beside=None):
     """Read the header of a short-axis NIfTI and check what it announces.
 
     Returns dict(path, shape, axes, flips, spacing_mm (z, y, x), affine or None, dtype, offset,
     scaling), after which read_voxels orders the file. The slice axis is the one with the thickest
     voxels. Where the affine is sane (orthogonal columns as long as the voxels), rows and columns
     are told apart by it and axes flipped so that every stack runs in the same anatomical
-    directions; nothing is ever mirrored otherwise.
+    directions; nothing is ever mirrored otherwise. beside: an opened file of the same heart, whose
+    order of axes is taken over unless affines place both.
     """
     require_file(path)
     with explain(path, "is not readable NIfTI ({error!s:.80}); convert it again"):
@@ -307,6 +308,8 @@ def open_nifti(path, dimensions=3):
     require(slices >= 3 and min(pixels) >= 16, path, why)
     unit, flips = affine[:3, :3] / spacing, [1, 1, 1]
     sane = placed and np.isfinite(affine).all() and np.allclose(unit.T @ unit, np.eye(3), atol=0.04)
+    if beside and not (sane and beside["affine"] is not None):
+        axes, flips, sane = beside["axes"], beside["flips"], False
     if sane:
         _, row, column = np.abs(SHORT_AXIS @ unit)  # how much each stored axis runs along them
         if row[axes[2]] + column[axes[1]] > row[axes[1]] + column[axes[2]]:
@@ -387,7 +390,7 @@ def read_cine(row):
 def read_pair(row):
     """ED and ES of two 3D NIfTI files, ES brought onto the grid of ED: returns as read_cine."""
     stack = open_nifti(row["ed"])
-    other = beside(stack, open_nifti(row["es"]))
+    other = open_nifti(row["es"], beside=stack)
     ed, es = read_voxels(stack), read_voxels(other)
     alike = ed.shape == es.shape
     alike = alike and np.allclose(stack["spacing_mm"], other["spacing_mm"], rtol=1e-3)
@@ -404,22 +407,13 @@ def read_pair(row):
 
 def read_mask(path, stack):
     """A label map on the grid of ED, whose opened file is `stack` -> boolean (Z, Y, X)."""
-    labels, wanted = beside(stack, open_nifti(path)), stack["shape"][:3]
+    labels, wanted = open_nifti(path, beside=stack), stack["shape"][:3]
     there = labels["affine"] is None or np.allclose(labels["affine"], stack["affine"], atol=0.1)
     why = f"its grid {labels['shape']} or place is not ED's {wanted}; use ED's label map"
     require(labels["shape"] == wanted and there, path, why)
     mask = read_voxels(labels) > 0
     require(mask.any(), path, "labels no voxel; empty the cell or segment the heart")
     return mask
-
-
-def beside(stack, other):
-    """Another opened file of the same heart: in the order of `stack` unless affines place both."""
-    if stack["affine"] is not None and other["affine"] is not None:
-        return other
-    spacing = other["spacing_mm"][np.argsort(other["axes"])][stack["axes"]]
-    order = {"axes": stack["axes"], "flips": stack["flips"], "spacing_mm": spacing}
-    return {**other, **order, "affine": None}
 
 
 def motion_box(ed, es, spacing_mm):
