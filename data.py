@@ -471,13 +471,9 @@ def box_weights(shape, spacing_mm, center, grid, grid_spacing_mm):
 
 
 def resample(volume, weights):
-    """(Z, Y, X) -> grid, axis by axis; few weights are not 0, and outside the box none at all."""
-    inside = [np.flatnonzero(matrix.any(axis=0)) for matrix in weights]
-    box = tuple(slice(used[0], used[-1] + 1) for used in inside)
-    volume = volume[box]
-    for matrix, part in zip(weights, box, strict=True):  # each time the next axis comes first
-        matrix = sparse.csr_array(matrix[:, part])
-        flat = matrix @ volume.reshape(len(volume), -1)
+    """(Z, Y, X) -> grid, axis by axis; most weights are 0."""
+    for matrix in weights:  # each time the next axis comes first
+        flat = sparse.csr_array(matrix) @ volume.reshape(len(volume), -1)
         volume = np.moveaxis(flat.reshape(len(flat), *volume.shape[1:]), 0, -1)
     return np.ascontiguousarray(volume)
 
