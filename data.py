@@ -84,12 +84,12 @@ def require_file(path):
 
 
 @contextmanager
-def explain(where, why, errors=Exception):
-    """What fails in the block becomes an InputError, in whose `why` {error} is what was raised."""
+def explain(where, why, errors=Exception, **named):
+    """What fails becomes an InputError; {error}, what was raised, and {named} are put into why."""
     try:
         yield
     except errors as error:
-        raise InputError(where, why.format(error=error)) from None
+        raise InputError(where, why.format(error=error, **named)) from None
 
 
 # ---------------------------------------------------------------- reading ECGs
@@ -145,11 +145,9 @@ def read_cardiosoft(path):
     leads = []
     for block in strip.findall("WaveformData"):
         name = canonical_lead(block.get("lead"))
-        try:
+        why = "lead {name} holds a sample that is no integer ({error!s:.80}); export it again"
+        with explain(path, why, (ValueError, OverflowError), name=name):
             samples = np.array([int(sample) for sample in (block.text or "").split(",")], np.int32)
-        except (ValueError, OverflowError) as error:
-            why = f"lead {name} holds a sample that is no integer ({error!s:.80}); {again}"
-            raise InputError(path, why) from None
         leads.append((name, samples * (step_uv / 1000)))
     return {"leads": leads, "sampling_rate_hz": rate}
 
@@ -518,10 +516,9 @@ def read_table(path, required):
     head = text.split("\n", 1)[0]
     comma = ";" if head.count(";") > head.count(",") else ","
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=comma)
-    try:
+    why = "line {lines.line_num} is not CSV ({error}); correct it"
+    with explain(path, why, csv.Error, lines=lines):
         rows = [(lines.line_num, [cell.strip() for cell in line]) for line in lines if any(line)]
-    except csv.Error as error:
-        raise InputError(path, f"line {lines.line_num} is not CSV ({error}); correct it") from None
     columns = rows[0][1] if rows else []
     missing, own = [name for name in required if name not in columns], [*columns, "line", "wrong"]
     header = f"its header is {','.join(columns)[:200] or 'empty'}"
