@@ -589,9 +589,6 @@ def prepare_row(manifest, mains_hz, grid, spacing_mm, row):
     """One manifest row -> one cohort row, or the reason why not; never raises, as others go on."""
     try:
         require("wrong" not in row, manifest, row.get("wrong"))
-        for name in FILES:
-            if row.get(name):
-                require_file(row[name])
         ecg, phases = read_clean_ecg(row["ecg"], mains_hz), read_phases(row)
         heart = center_heart(phases, grid, spacing_mm)
     except InputError as error:
