@@ -1076,9 +1076,9 @@ def phantom(heart, rng):
     tilt, jitter = np.array([heart["tilt"], 0.05 * normal()]), 1.0 * normal((STACK[0], 2))
     shift = np.array([0, 16]) + 4 * normal(2)
     septum = np.pi + np.deg2rad(heart["turn_deg"] + 5 * normal())  # the RV is on the left
-    slices = np.arange(STACK[0])
-    edges = np.array([slices, slices + 1]) * mm_z  # (2, Z) from the top of the stack
-    axis = shift + (slices[:, None] - 5.5) * mm_z * tilt + jitter  # (Z, 2) place of the LV axis, mm
+    slices = np.arange(STACK[0])[:, None, None]
+    edges = np.array([slices, slices + 1]) * mm_z  # (2, Z, 1, 1) from the top of the stack
+    axis = shift + (slices[:, 0] - 5.5) * mm_z * tilt + jitter  # (Z, 2) place of the LV axis, mm
     y, x = centered_mm(STACK[1:], STACK_MM[1:])
     y, x = y[HEART[1]], x[HEART[2]]
     dy = (y - axis[:, :1])[:, :, None].astype(np.float32)  # (Z, Y, 1)
@@ -1092,14 +1092,11 @@ def phantom(heart, rng):
     reach = crescent(septal / np.maximum(radius, 1))
     angles = crescent(np.cos(np.linspace(-np.pi, np.pi, 720, endpoint=False)))
 
-    def per_slice(values):
-        return values.astype(np.float32)[:, None, None]  # (Z, 1, 1)
-
     def slabs(equator, top, a, c):  # an ellipsoid's exact volume: mean radius and part of a slice
         faces = np.clip(edges - equator, top, c)
         depth = np.maximum(np.diff(faces, axis=0)[0], 1e-9)
         square = np.diff(faces - faces**3 / (3 * c * c), axis=0)[0] * a * a / depth
-        return per_slice(np.sqrt(square)), per_slice(depth / mm_z)
+        return np.float32(np.sqrt(square)), np.float32(depth / mm_z)  # (Z, 1, 1)
 
     def disc(edge):  # how much of each pixel lies within `edge` mm of the LV axis
         return np.clip((edge - radius) / mm + 0.5, 0, 1)
@@ -1121,8 +1118,8 @@ def phantom(heart, rng):
         outer, outer_part = slabs(equator, top, a + wall, c + 0.6 * wall)
         faces = np.clip(edges - base, 0, 0.9 * (length - descent))
         above = np.diff(np.clip(edges, base - 30, base), axis=0)[0] / mm_z
-        rv_part = per_slice(np.diff(faces, axis=0)[0] / mm_z)
-        taper = per_slice(np.sqrt(1 - (faces.mean(axis=0) / (length - descent)) ** 2))
+        rv_part = np.float32(np.diff(faces, axis=0)[0] / mm_z)
+        taper = np.float32(np.sqrt(1 - (faces.mean(axis=0) / (length - descent)) ** 2))
         # RV volume = linear * depth + square * depth^2, solved for the depth at the base
         linear = (rv_part * outer * taper).sum() * angles.mean() * 2 * np.pi * mm_z
         square = (rv_part * taper**2).sum() * (angles**2).mean() * np.pi * mm_z
@@ -1138,7 +1135,7 @@ def phantom(heart, rng):
             "rv": rv_part * (rv_disc - heart_disc),
             "rv_wall": rv_part * (disc(free_wall + (reach > 0) * np.float32(4)) - rv_disc),
             "fat": np.maximum(outer_part, rv_part) * (disc(free_wall + 7) - heart_disc),
-            "atria": per_slice(above) * disc(np.float32(18 if phase == "ed" else 23)),
+            "atria": np.float32(above) * disc(np.float32(18 if phase == "ed" else 23)),
             "papillary": inner_part * muscles * cavity,
         }
     return phases
