@@ -32,6 +32,7 @@ import models
 ALPHAS = 10.0 ** np.arange(-1, 5.5, 0.5)
 RATES = (1e-3, 3e-3)  # learning rates among which the supervised opponent chooses
 DIRECTIONS = ("ecg_to_ed", "ecg_to_es", "ed_to_ecg", "es_to_ecg", "ed_to_es")
+FIGURES = ("probe", "latents", "scatter", "labels", "gallery")
 # Safe for colour-blind readers (Okabe, Ito), for nine methods.
 COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #999999 #000000 #F0E442".split()
 
@@ -540,22 +541,19 @@ def gallery(cohort, embeddings, rows, title):
 
 
 def figures(metrics, results, first, cohort, rows, embeddings):
-    """Every picture by name; None where there is nothing to draw."""
-    drawn = dict.fromkeys(("probe", "latents", "scatter", "labels", "gallery"))
+    """Every picture for which there is something to draw, after its name."""
     note, own = f" ({cohort['source']['kind']} cohort)", results[first]["probe"]
     if own:
         shown = {name: result["probe"] for name, result in results.items() if name != "mean"}
-        drawn["probe"] = bars(shown, f"What a linear probe reads from the ECG{note}")
+        yield "probe", bars(shown, f"What a linear probe reads from the ECG{note}")
         shown = {key.upper(): table for key, table in metrics["runs"][first]["latents"].items()}
-        drawn["latents"] = bars({"ECG": own} | shown, f"What the latents of {first} know{note}")
-        drawn["scatter"] = scatter(results[first], cohort, rows, f"{first} on test{note}")
+        yield "latents", bars({"ECG": own} | shown, f"What the latents of {first} know{note}")
+        yield "scatter", scatter(results[first], cohort, rows, f"{first} on test{note}")
     if own and metrics["labels"]:
-        drawn["labels"] = label_figure(metrics["labels"], own, rows, note)
+        yield "labels", label_figure(metrics["labels"], own, rows, note)
     if len(rows["test"]) > 1:
-        drawn["gallery"] = gallery(
-            cohort, embeddings, rows["test"], f"Hearts nearest to an ECG{note}"
-        )
-    return drawn
+        title = f"Hearts nearest to an ECG{note}"
+        yield "gallery", gallery(cohort, embeddings, rows["test"], title)
 
 
 def cell(entry, key, form=".2f"):
@@ -716,11 +714,10 @@ def main():
     data.write(out / "table.md", lambda file: file.write(text.encode()))
     arrays |= {"id": cohort["ids"], "split": cohort["split"]}
     data.write(out / "features.npz", lambda file: np.savez(file, **arrays))
-    for name, figure in figures(metrics, results, first, cohort, rows, embeddings[first]).items():
-        if figure:
-            data.write(out / f"{name}.png", partial(figure.savefig, dpi=100, format="png"))
-        else:  # no figure of an earlier evaluation may stay
-            (out / f"{name}.png").unlink(missing_ok=True)
+    for name in FIGURES:  # those of an earlier evaluation may not stay
+        (out / f"{name}.png").unlink(missing_ok=True)
+    for name, figure in figures(metrics, results, first, cohort, rows, embeddings[first]):
+        data.write(out / f"{name}.png", partial(figure.savefig, dpi=100, format="png"))
     print(f"{text}\nwrote {out}")
     return 0
 
