@@ -78,9 +78,11 @@ def require(holds, where, why):
         raise InputError(where, why)
 
 
-def require_file(path):
+def require_file(path, largest_mb=math.inf):
     require(not os.path.isdir(path), path, "is a folder; name the file in it")
     require(os.path.isfile(path), path, "does not exist; correct the path")
+    small = os.path.getsize(path) <= largest_mb * 1e6
+    require(small, path, f"is larger than {largest_mb} MB, as no file of its kind is; check it")
 
 
 @contextmanager
@@ -100,8 +102,7 @@ def read_ecg(path):
     path = Path(path)
     reader = {".xml": read_cardiosoft, ".hea": read_wfdb}.get(path.suffix.lower())
     require(reader, path, "is neither CardioSoft .xml nor WFDB .hea; convert it to one of them")
-    require_file(path)
-    require_small(path)
+    require_file(path, LARGEST_ECG_MB)
     raw = reader(path)
     leads, rate = raw["leads"], raw["sampling_rate_hz"]
     names = Counter(name for name, _ in leads)
@@ -112,11 +113,6 @@ def read_ecg(path):
     require(len(lengths) == 1, path, f"leads have different lengths {lengths}; export it again")
     leads = dict(leads)
     return {"ecg_mv": np.stack([leads[name] for name in LEADS]), "sampling_rate_hz": rate}
-
-
-def require_small(path):
-    small = path.stat().st_size <= LARGEST_ECG_MB * 1e6
-    require(small, path, f"is larger than {LARGEST_ECG_MB} MB, as no 12-lead rest ECG is; check it")
 
 
 def canonical_lead(name):
@@ -193,7 +189,7 @@ def read_wfdb(path):
         here = Path(name).name == name and len(name.encode()) < 256 and not source.is_symlink()
         require(here, path, f"signal file '{name:.99}' is outside the header's folder; move it in")
         require(source.is_file(), path, f"signal file '{name}' is missing; put it beside it")
-        require_small(source)
+        require_file(source, LARGEST_ECG_MB)
         samples, offset = length * len(own), own[0]["offset"]
         whole = source.stat().st_size >= offset + 2 * samples
         require(whole, source, f"ends before the {length} samples of its header; copy it again")
