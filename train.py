@@ -62,9 +62,7 @@ def main():
         model.compile()
     encode = model
     if world["size"] > 1:
-        encode = DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        encode = DistributedDataParallel(model, broadcast_buffers=False)
     part = args.batch_size // world["size"]  # of each global batch, for this process
     own = slice(world["rank"] * part, (world["rank"] + 1) * part)
     pieces = math.ceil(part / (args.micro_batch or part))
