@@ -13,7 +13,6 @@ synthetic hearts, commands. Images are always (Z, Y, X): slice from base to apex
 import argparse
 import csv
 import ctypes
-import gzip
 import hashlib
 import io
 import json
@@ -274,8 +273,9 @@ def open_nifti(path, dimensions=3, beside=None):
     order of axes is taken over unless affines place both.
     """
     require_file(path)
-    with explain(path, "is not readable NIfTI ({error!s:.80}); convert it again"):
-        head = read_start(path, 540)
+    why = "is not readable NIfTI ({error!s:.80}); convert it again"
+    with explain(path, why), nibabel.openers.Opener(path) as file:  # unpacks a .gz
+        head = file.read(540)
         kind = nibabel.Nifti2Header if head[4:7] == b"n+2" else nibabel.Nifti1Header
         if b"n+1" != head[344:347] and b"n+2" != head[4:7]:
             raise ValueError("no NIfTI mark")
@@ -319,19 +319,14 @@ def open_nifti(path, dimensions=3, beside=None):
     return {"path": path, "shape": shape, "spacing_mm": spacing[axes], **placing, **voxels}
 
 
-def read_start(path, count):
-    """The first bytes of a file, unpacked where its name ends in .gz."""
-    with (gzip.open if str(path).lower().endswith(".gz") else open)(path, "rb") as file:
-        return file.read(count)
-
-
 def read_voxels(nifti):
     """All voxels of an opened NIfTI as float32 (Z, Y, X[, T]) in scanner units."""
     path, shape, (slope, intercept) = nifti["path"], nifti["shape"], nifti["scaling"]
     count, offset = math.prod(shape), nifti["offset"]
-    with explain(path, "breaks off or cannot be decoded ({error!s:.80}); copy it again"):
+    why = "breaks off or cannot be decoded ({error!s:.80}); copy it again"
+    with explain(path, why), nibabel.openers.Opener(path) as file:
         # One byte more than needed: at its end a .gz verifies its checksum.
-        content = read_start(path, offset + count * nifti["dtype"].itemsize + 1)
+        content = file.read(offset + count * nifti["dtype"].itemsize + 1)
         voxels = np.frombuffer(content, nifti["dtype"], count, offset)
     with np.errstate(all="ignore"):  # what overflows is found below
         voxels = voxels.reshape(shape, order="F").astype(np.float32)

@@ -4,6 +4,7 @@ Every mutation flips, cuts or inserts bytes at places drawn from a fixed seed. M
 the system's limit on address space, so that an allocation beyond 1 GB fails as MemoryError.
 """
 
+import gzip
 import resource
 import shutil
 import time
@@ -102,7 +103,7 @@ def raw(tmp_path_factory):
     (folder / "a.xml").write_text(xml_text(rhythm()[:, :5000]))
     write_wfdb(folder / "m.hea", rhythm(), end="mat")
     for phase in ("ed", "es"):
-        content = data.gzip.decompress((folder / f"a_{phase}.nii.gz").read_bytes())
+        content = gzip.decompress((folder / f"a_{phase}.nii.gz").read_bytes())
         (folder / f"a_{phase}.nii").write_bytes(content)
     rows = [row | {"id": str(k), "age": "60", "LVEF_pct": "55"} for k in range(5)]
     write_manifest(folder, rows)
