@@ -2,10 +2,8 @@
 
 dual_phase_loss(embeddings, weights, temperature)   # the paper's loss, each term by name
 retrieval_ranks(a, b)                                # where each row's own partner is found
-backward(model, encode, stream, ...)                 # gradients of the global batch, in pieces
+backward(model, stream, ...)                         # gradients of the global batch, in pieces
 """
-
-from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -61,10 +59,10 @@ def retrieval_ranks(queries, gallery):
 class Gather(torch.autograd.Function):
     """Rows of all processes in rank order; backward returns the gradient of one's own rows.
 
-    Every process then computes the same full loss. DistributedDataParallel averages gradients over
-    W processes. An encoder saw only its own rows in each, so that the average would be 1/W of the
-    sum over rows: hence the factor W. Heads have the full gradient in every process, which
-    averaging does not change.
+    Every process then computes the same full loss, and average_gradients takes the mean over W
+    processes. An encoder saw only its own rows in each, so that the mean would be 1/W of the sum
+    over rows: hence the factor W. Heads have the full gradient in every process, which averaging
+    does not change.
     """
 
     @staticmethod
@@ -80,39 +78,45 @@ class Gather(torch.autograd.Function):
 
 def gather(features):
     """{name: (B / W, D)} of this process -> {name: (B, D)} of all; unchanged with one process."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized():
         return features
     rows = Gather.apply(torch.stack([*features.values()], dim=1))  # (B, names, D) in one message
     return dict(zip(features, rows.unbind(dim=1), strict=True))
 
 
-def backward(model, encode, stream, pieces, weights, temperature):
+def average_gradients(model):
+    """Put in .grad its mean over all processes, in one message; unchanged with one process."""
+    if not dist.is_initialized():
+        return
+    gradients = [parameter.grad for parameter in model.parameters()]
+    whole = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(whole)
+    means = (whole / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def backward(model, stream, pieces, weights, temperature):
     """Accumulate in .grad the gradients of the loss over the global batch; returns its terms.
 
-    encode: batch -> features, the model itself or its DistributedDataParallel wrapper. stream gives
-    the batch, or this process's part of it, in so many pieces. With more than one, memory is that
-    of a piece, and gradients are the same (gradient cache, Gao 2021): encode without graph, take
-    the loss over all features and its gradient at the features, then encode each piece again, which
-    stream must give a second time in the same order, with graph and send the gradient back.
+    stream gives the batch, or this process's part of it, in so many pieces. With more than one,
+    memory is that of a piece, and gradients are the same (gradient cache, Gao 2021): encode without
+    graph, take the loss over all features and its gradient at the features, then encode each piece
+    again, which stream must give a second time in the same order, with graph and send the gradient
+    back.
     """
-    if pieces == 1:
-        terms = dual_phase_loss(model.embed(gather(encode(next(stream)))), weights, temperature)
-        terms["total"].backward()
-        return {name: term.detach() for name, term in terms.items()}
-
-    with torch.no_grad():
+    with torch.set_grad_enabled(pieces == 1):
         encoded = [model(next(stream)) for _ in range(pieces)]
-    sizes = [len(features["ecg"]) for features in encoded]
-    cached = {name: torch.cat([f[name] for f in encoded]).requires_grad_() for name in encoded[0]}
-    terms = dual_phase_loss(model.embed(gather(cached)), weights, temperature)
-    slopes = torch.autograd.grad(terms["total"], list(cached.values()), retain_graph=True)
-    slopes = {name: slope.split(sizes) for name, slope in zip(cached, slopes, strict=True)}
-    for k in range(pieces):
-        last = k == pieces - 1
-        # The surrogate's gradient is the loss's at this piece's features. Processes meet once, in
-        # the last piece, where the loss itself is added for the gradients of the heads.
-        with nullcontext() if last or encode is model else encode.no_sync():
-            features = encode(next(stream))
-            surrogate = sum((features[name] * slopes[name][k]).sum() for name in features)
-            (surrogate + terms["total"] if last else surrogate).backward()
+    features = {n: torch.cat([piece[n] for piece in encoded]).requires_grad_() for n in encoded[0]}
+    terms = dual_phase_loss(model.embed(gather(features)), weights, temperature)
+    terms["total"].backward()
+    if pieces > 1:
+        sizes = [len(piece["ecg"]) for piece in encoded]
+        slopes = {name: x.grad.split(sizes) for name, x in features.items()}
+        for k in range(pieces):
+            piece = model(next(stream))
+            # The surrogate's gradient is the loss's at this piece's features.
+            surrogate = sum((piece[name] * slopes[name][k]).sum() for name in piece)
+            surrogate.backward()
+    average_gradients(model)
     return {name: term.detach() for name, term in terms.items()}

@@ -19,7 +19,6 @@ import shlex
 import signal
 import sys
 import time
-import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import loss
@@ -60,9 +58,6 @@ def main():
             (Path(args.out) / name).unlink(missing_ok=True)
     if args.compile:
         model.compile()
-    encode = model
-    if world["size"] > 1:
-        encode = DistributedDataParallel(model, broadcast_buffers=False)
     part = args.batch_size // world["size"]  # of each global batch, for this process
     own = slice(world["rank"] * part, (world["rank"] + 1) * part)
     pieces = math.ceil(part / (args.micro_batch or part))
@@ -92,7 +87,7 @@ def main():
             rate = learning_rate(args, epoch + done["step"] / steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            terms = loss.backward(model, encode, stream, pieces, args.weights, args.temperature)
+            terms = loss.backward(model, stream, pieces, args.weights, args.temperature)
             why = "made the loss infinite or NaN; lower it, or raise --temperature"
             data.require(math.isfinite(terms["total"]), "--lr", why)
             optimizer.step()
@@ -186,8 +181,6 @@ def start_processes(device):
         return {"rank": 0, "size": 1, "device": torch.device(device)}
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Its successor is unknown to torch 2.4.
-    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
     # The others wait while the first prepares raw files, for hours perhaps.
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
     atexit.register(dist.destroy_process_group)  # its threads would abort an exit now and then

@@ -65,7 +65,7 @@ def flops_of_a_pair(size=64):
     model = models.DualPhase()
     batch = random_batch(size)
     with FlopCounterMode(display=False) as counter:
-        loss.backward(model, model, iter([batch]), 1, (1, 1, 1), 0.07)
+        loss.backward(model, iter([batch]), 1, (1, 1, 1), 0.07)
     return counter.get_total_flops() / size
 
 
@@ -77,7 +77,7 @@ def step_seconds(size=64, repeats=30):
     seconds = []
     for _ in range(repeats + 5):
         started = time.perf_counter()
-        loss.backward(model, model, iter([batch]), 1, (1, 1, 1), 0.07)
+        loss.backward(model, iter([batch]), 1, (1, 1, 1), 0.07)
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)

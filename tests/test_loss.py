@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import loss
 import models
@@ -178,12 +177,11 @@ def plain(dtype):
 def cached(dtype, micro_batch, rank=0, world=1):
     """loss.backward as train.py calls it, in one process or as one of several."""
     model, batch = make_model(dtype), make_batch(dtype)
-    encode = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     own = {name: rows.chunk(world)[rank] for name, rows in batch.items()}
     cut = {name: rows.split(micro_batch or BATCH) for name, rows in own.items()}
     pieces = [dict(zip(cut, piece, strict=True)) for piece in zip(*cut.values(), strict=True)]
     stream = iter(pieces * min(len(pieces), 2))
-    terms = loss.backward(model, encode, stream, len(pieces), WEIGHTS, TEMPERATURE)
+    terms = loss.backward(model, stream, len(pieces), WEIGHTS, TEMPERATURE)
     assert next(stream, None) is None
     return state_after(model) | {"loss": terms["total"]}
 
