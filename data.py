@@ -925,15 +925,13 @@ def augment(stored, rows, seed, epoch):
     move = uniform(-0.1, 0.1, 2)  # of half the box: up to 9.6 mm at the default grid
     to_x = torch.cat([angle.cos(), -angle.sin() * height / width, move[:, :1]], 1)
     to_y = torch.cat([angle.sin() * width / height, angle.cos(), move[:, 1:]], 1)
-    moved = (uniform(0, 1)[:, 0] < 0.15).nonzero()[:, 0]  # few: in 12 epochs, more was too much
-    turn = torch.stack([to_x, to_y], 1)[moved]  # (moved, 2, 3), rows of affine matrices
-    if len(moved):
-        places = F.affine_grid(turn, (len(moved), 1, height, width), align_corners=False)
+    turn = torch.stack([to_x, to_y], 1)  # (B, 2, 3), rows of affine matrices
+    places = F.affine_grid(turn, (len(turn), 1, height, width), align_corners=False)
+    moved = uniform(0, 1)[:, 0] < 0.15  # few: in 12 epochs, more was too much
     gain, offset = uniform(0.85, 1.15)[..., None, None], uniform(-0.05, 0.05)[..., None, None]
     for phase in phases:
         volume = stored[phase].float()  # (B, Z, Y, X), slices as channels of a 2D image
-        if len(moved):
-            volume[moved] = F.grid_sample(volume[moved], places, align_corners=False)
+        volume[moved] = F.grid_sample(volume[moved], places[moved], align_corners=False)
         volume.mul_(gain / 255).add_(offset)
         add_noise(volume, 0.04)
         batch[phase] = volume[:, None]
