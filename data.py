@@ -214,8 +214,7 @@ def clean_ecg(ecg_mv, sampling_rate_hz, mains_hz=50, where="ECG"):
     require(not flat, where, f"lead {flat} is flat (below 0.01 mV); {leave}")
     ratio = Fraction(SAMPLING_RATE_HZ / sampling_rate_hz).limit_denominator(1000)
     ecg_mv = ecg_mv - np.median(ecg_mv, axis=1, keepdims=True)
-    if ratio != 1:
-        ecg_mv = dsp.resample_poly(ecg_mv, ratio.numerator, ratio.denominator, axis=1)
+    ecg_mv = dsp.resample_poly(ecg_mv, ratio.numerator, ratio.denominator, axis=1)  # 1: a copy
     ecg_mv = dsp.sosfiltfilt(ecg_filter(mains_hz), ecg_mv, axis=1, padlen=2 * SAMPLING_RATE_HZ)
     missing = max(0, ECG_SHAPE[1] - ecg_mv.shape[1])  # resampling 10 s may lose the last sample
     ecg_mv = np.pad(ecg_mv, ((0, 0), (0, missing)), mode="edge")
