@@ -22,7 +22,6 @@ import os
 import re
 import shutil
 import signal
-import struct
 import sys
 import threading
 import time
@@ -173,12 +172,11 @@ def read_wfdb(path):
         rest = (rest or "").split(maxsplit=5)  # bits, zero, first value, checksum, block size, lead
         unit_mv = UNITS_MV.get((unit or "mV").lower())
         require(unit_mv, path, f"unit '{unit}' is none of mV, uV, V; correct the header")
-        try:
+        why = "gain in '{line:.60}' is not a positive number; correct the header"
+        with explain(path, why, ValueError, line=line):
             gain, zero = float(gain), int(baseline or (rest[1] if len(rest) > 1 else 0))
-        except ValueError:
-            gain = 0.0
-        valid = 1e-6 < gain < 1e9
-        require(valid, path, f"gain in '{line:.60}' is not a positive number; correct the header")
+            if not 1e-6 < gain < 1e9:
+                raise ValueError
         lead = canonical_lead(rest[5] if len(rest) > 5 else None)
         about = {"lead": lead, "zero": zero, "step_mv": unit_mv / gain, "offset": int(offset or 0)}
         signals.setdefault(name, []).append(about)
@@ -1216,7 +1214,7 @@ def write_demo(folder, subjects, seed=0):
             files["ecg"], text = f"{name}.xml", XML.format("\n".join(lines))
         else:
             end, offset = (("dat", 0), ("mat", 24))[subject % 3 - 1]
-            matlab = struct.pack("<5i4s", 30, *ecg_uv.shape, 0, 4, b"val\0")  # MAT 4 header
+            matlab = np.array([30, *ecg_uv.shape, 0, 4], "<i4").tobytes() + b"val\0"  # MAT 4 header
             (folder / f"{name}.{end}").write_bytes(matlab[:offset] + ecg_uv.T.tobytes())
             form = f"{name}.{end} 16+{offset} 1000(0)/mV 16 0"
             lines = [f"{form} {samples[0]} 0 0 {lead}" for lead, samples in leads]
