@@ -7,7 +7,8 @@
     python data.py show cohort/ --subject ID --out x.png        # one ECG beside ED and ES slices
 
 The file reads downwards in the order of the data: readers, cleaning, manifest, cohort, batches,
-synthetic hearts, commands. Images are always (Z, Y, X): slice from base to apex, row, column.
+synthetic hearts, commands. Images are always (Z, Y, X): slice, row, column; base to apex where
+the file tells.
 """
 
 import argparse
@@ -41,6 +42,11 @@ import torch.nn.functional as F
 from scipy import ndimage, sparse
 from scipy import signal as dsp
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 SAMPLING_RATE_HZ, SECONDS = 250, 10
 ECG_SHAPE = (len(LEADS), SECONDS * SAMPLING_RATE_HZ)
@@ -51,7 +57,7 @@ GRID, SPACING_MM = (12, 64, 64), (10.0, 3.0, 3.0)  # 120 x 192 x 192 mm holds bo
 COVARIATES, SPLITS = ("age", "sex", "bmi"), ("train", "val", "test")
 FILES = ("ecg", "ed", "es", "cine", "mask")  # columns of a manifest that name files
 FORMAT_VERSION = 1
-LARGEST_ECG_MB, LARGEST_IMAGE_MB = 20, 320  # a cine of 320 x 320 x 15 x 50 as float32
+LARGEST_ECG_MB, LARGEST_IMAGE_MB = 20, 450  # a cine of 512 x 512 x 14 x 30 as float32
 
 
 class InputError(Exception):
@@ -71,7 +77,7 @@ def printable(text):
 
 
 def require(holds, where, why):
-    """The one way in which a rule is checked: raise InputError unless it holds."""
+    """How a rule is checked: raise InputError unless it holds."""
     if not holds:
         raise InputError(where, why)
 
@@ -139,6 +145,8 @@ def read_cardiosoft(path):
     leads = []
     for block in strip.findall("WaveformData"):
         name = canonical_lead(block.get("lead"))
+        if name not in LEADS:  # a further lead, perhaps empty
+            continue
         why = "lead {name} holds a sample that is no integer ({error!s:.80}); export it again"
         with explain(path, why, (ValueError, OverflowError), name=name):
             samples = np.array([int(sample) for sample in (block.text or "").split(",")], np.int32)
@@ -146,9 +154,9 @@ def read_cardiosoft(path):
     return {"leads": leads, "sampling_rate_hz": rate}
 
 
-# file, format 16 (samples a frame, byte offset), gain (baseline) / unit, the rest
+# file, format 16 (samples a frame, skew, byte offset), gain (baseline) / unit, the rest
 WFDB_SIGNAL = re.compile(
-    r"(\S+)\s+16(?:x1)?(?:\+(\d{1,9}))?\s+([-+.\deE]+)(?:\(([-+]?\d{1,9})\))?(?:/(\S+))?(\s.*)?"
+    r"(\S+)\s+16(?:x1)?(?::0)?(?:\+(\d{1,9}))?\s+([-+.\deE]+)(?:\(([-+]?\d{1,9})\))?(?:/(\S+))?(\s.*)?"
 )
 UNITS_MV = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "\ufffdv": 1e-3, "v": 1e3}
 
@@ -167,7 +175,8 @@ def read_wfdb(path):
     signals = {}  # file -> its signals
     for line in lines[1 : count + 1]:
         match = WFDB_SIGNAL.fullmatch(line)
-        require(match, path, f"signal line '{line:.60}' is not of format 16; convert the record")
+        why = f"signal line '{line:.60}' is not of format 16 with a gain; convert the record"
+        require(match, path, why)
         name, offset, gain, baseline, unit, rest = match.groups()
         rest = (rest or "").split(maxsplit=5)  # bits, zero, first value, checksum, block size, lead
         unit_mv = UNITS_MV.get((unit or "mV").lower())
@@ -185,7 +194,6 @@ def read_wfdb(path):
         source = path.parent / name
         here = Path(name).name == name and len(name.encode()) < 256 and not source.is_symlink()
         require(here, path, f"signal file '{name:.99}' is outside the header's folder; move it in")
-        require(source.is_file(), path, f"signal file '{name}' is missing; put it beside it")
         require_file(source, LARGEST_ECG_MB)
         samples, offset = length * len(own), own[0]["offset"]
         whole = source.stat().st_size >= offset + 2 * samples
@@ -208,8 +216,6 @@ def clean_ecg(ecg_mv, sampling_rate_hz, mains_hz=50, where="ECG"):
     finite, leave = np.isfinite(ecg_mv).all(), "leave this recording out"
     require(finite, where, f"holds missing or non-finite samples; {leave}")
     require(seconds >= SECONDS, where, f"lasts {seconds:.2f} s but 10 s are needed; {leave}")
-    flat = ", ".join(name for name, lead in zip(LEADS, ecg_mv, strict=True) if np.ptp(lead) < 0.01)
-    require(not flat, where, f"lead {flat} is flat (below 0.01 mV); {leave}")
     ratio = Fraction(SAMPLING_RATE_HZ / sampling_rate_hz).limit_denominator(1000)
     ecg_mv = ecg_mv - np.median(ecg_mv, axis=1, keepdims=True)
     ecg_mv = dsp.resample_poly(ecg_mv, ratio.numerator, ratio.denominator, axis=1)  # 1: a copy
@@ -218,6 +224,8 @@ def clean_ecg(ecg_mv, sampling_rate_hz, mains_hz=50, where="ECG"):
     ecg_mv = np.pad(ecg_mv, ((0, 0), (0, missing)), mode="edge")
     start = (ecg_mv.shape[1] - ECG_SHAPE[1]) // 2
     ecg_mv = ecg_mv[:, start : start + ECG_SHAPE[1]]
+    flat = ", ".join(name for name, lead in zip(LEADS, ecg_mv, strict=True) if np.ptp(lead) < 0.01)
+    require(not flat, where, f"lead {flat} is flat (below 0.01 mV); {leave}")
     peak, residual = np.abs(ecg_mv).max(), limb_lead_residual(ecg_mv)
     require(peak <= 20, where, f"reaches {peak:.0f} mV, as no heart does; check gain and unit")
     why = f"limb leads contradict Einthoven and Goldberger (residual {residual:.0%})"
@@ -278,21 +286,24 @@ def open_nifti(path, dimensions=3, beside=None):
             raise ValueError("no NIfTI mark")
         size = kind.template_dtype.itemsize
         header = kind(head[:size], check=False)  # as written: nibabel would repair a zero spacing
+        header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # 0 means 1
         shape, voxel = header.get_data_shape(), header.get_data_dtype()
         scaling, offset = header.get_slope_inter(), int(header["vox_offset"])
         spacing = header["pixdim"][1:4].astype(float)
         affine = np.array(header.get_best_affine(), float)
         placed = header["sform_code"] > 0 or header["qform_code"] > 0
-    shape = shape[:3] if len(shape) == 4 and shape[3] == 1 else shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
     again, why = "convert it again", f"is {len(shape)}D {shape} but {dimensions}D is needed"
     require(len(shape) == dimensions, path, f"{why}; see the manifest's columns")
     require(voxel.kind in "iuf", path, f"holds {voxel} voxels, not grey levels; {again}")
     size_mb = math.prod(shape) * max(voxel.itemsize, 4) / 1e6
     possible = min(shape) > 0 and size_mb <= LARGEST_IMAGE_MB and 0 <= offset < 1e7
-    require(possible, path, f"announces an impossible size {shape}; {again}")
+    why = f"announces an impossible size {shape} or one over {LARGEST_IMAGE_MB} MB; crop it"
+    require(possible, path, f"{why} or {again}")
     why = f"voxel spacing {spacing.tolist()} mm is not positive and plausible"
     require(all(0.1 < mm < 100 for mm in spacing), path, f"{why}; correct the header")
-    thick = 2 - int(np.argmax(spacing[::-1]))  # the last of equals
+    thick = int(np.flatnonzero(spacing > 0.999 * spacing.max())[-1])  # the last of equals
     axes = [thick] + [axis for axis in (2, 1, 0) if axis != thick]
     slices, *pixels = (shape[axis] for axis in axes)
     why = f"has {slices} slices of {pixels} pixels; a short-axis stack has at least 3 of 16 x 16"
@@ -304,7 +315,7 @@ def open_nifti(path, dimensions=3, beside=None):
     if sane:
         _, row, column = np.abs(SHORT_AXIS @ unit)  # how much each stored axis runs along them
         if row[axes[2]] + column[axes[1]] > row[axes[1]] + column[axes[2]]:
-            axes[1:] = axes[:0:-1]
+            axes[1:] = axes[2], axes[1]
         affine = affine[:, axes + [3]]
         for k in range(3):
             if affine[:3, k] @ SHORT_AXIS[k] < 0:  # flip: the origin moves to the axis' other end
@@ -361,11 +372,10 @@ def read_cine(row):
     frames = read_voxels(stack)  # (Z, Y, X, T)
     last, given = frames.shape[3] - 1, {}
     for key in ("ed_frame", "es_frame"):
-        text = row.get(key) or ""
-        valid = not text or (text.isdecimal() and len(text) < 6 and int(text) <= last)
-        why = f"{key} '{text}' is not a frame number from 0 to {last}; correct the manifest"
-        require(valid, row["cine"], why)
-        given[key] = int(text) if text else None
+        frame = number(row.get(key))  # "17.0" is what pandas makes of a column with gaps
+        why = f"{key} '{row.get(key)}' is not a frame number from 0 to {last}; correct the manifest"
+        require(frame in range(last + 1) or np.isnan(frame or 0), row["cine"], why)
+        given[key] = None if np.isnan(frame) else int(frame)
     ed = frames[..., given["ed_frame"] or 0]
     if given["es_frame"] is None:
         given["es_frame"] = estimate_es_frame(frames, ed, stack["spacing_mm"])
@@ -387,16 +397,20 @@ def read_pair(row):
         to_es = np.linalg.inv(other["affine"]) @ stack["affine"]  # ED voxel -> ES voxel
         # mode "constant" would blacken slices at the edge
         how = {"output_shape": ed.shape, "order": 1, "mode": "grid-constant"}
+        covered = ndimage.affine_transform(np.ones_like(es), to_es[:3], **how).mean()
+        why = f"covers {covered:.0%} of ED by its affine; correct the header of one of them"
+        require(covered > 0.5, row["es"], why)
         es = ndimage.affine_transform(es, to_es[:3], **how)
     return {"stack": stack, "ed": ed, "es": es, "warnings": []}
 
 
 def read_mask(path, stack):
     """A label map on the grid of ED, whose opened file is `stack` -> boolean (Z, Y, X)."""
-    labels, wanted = open_nifti(path, beside=stack), stack["shape"][:3]
+    labels = open_nifti(path, beside=stack)
+    grid, wanted = ([nifti["shape"][axis] for axis in nifti["axes"]] for nifti in (labels, stack))
     there = labels["affine"] is None or np.allclose(labels["affine"], stack["affine"], atol=0.1)
-    why = f"its grid {labels['shape']} or place is not ED's {wanted}; use ED's label map"
-    require(labels["shape"] == wanted and there, path, why)
+    why = f"its grid {grid} (z, y, x) or place is not ED's {wanted}; use ED's label map"
+    require(grid == wanted and there, path, why)
     mask = read_voxels(labels) > 0
     require(mask.any(), path, "labels no voxel; empty the cell or segment the heart")
     return mask
@@ -405,10 +419,13 @@ def read_mask(path, stack):
 def motion_box(ed, es, spacing_mm):
     """Bounding box (three slices) of where ED and ES differ, i.e. of the beating heart.
 
-    In plane: |ED - ES| averaged over slices, smoothed 6 mm, weighted by a 70 mm prior on the image
-    centre, above 0.3 of its peak, the component that holds the peak. Along z: the whole stack.
+    In plane: |ED - ES| averaged over the slices that both have, smoothed 6 mm, weighted by a 70 mm
+    prior on the image centre, above 0.3 of its peak, the component that holds the peak. Along z:
+    the whole stack.
     """
-    motion = np.abs(ed - es).mean(axis=0)  # (Y, X)
+    shared = ed.any(axis=(1, 2)) & es.any(axis=(1, 2))
+    shared |= not shared.any()
+    motion = np.abs(ed - es)[shared].mean(axis=0)  # (Y, X)
     motion = ndimage.gaussian_filter(motion, [6 / mm for mm in spacing_mm[1:]])
     y, x = centered_mm(motion.shape, spacing_mm[1:])
     motion = motion * np.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * 70**2))
@@ -432,7 +449,7 @@ def estimate_es_frame(frames, ed, spacing_mm):
 def sampling_weights(size, spacing_mm, first_mm, new_size, new_spacing_mm):
     """Weights (new_size, size) that resample one axis; first_mm: place of the first new sample.
 
-    A triangle as wide as the coarser of the two spacings: linear interpolation when refining, an
+    A triangle, the coarser of the two spacings to each side: linear interpolation when refining, an
     anti-aliasing average when coarsening. Sums, hence volumes in ml, are kept; outside is zero.
     """
     step = max(1.0, new_spacing_mm / spacing_mm)
@@ -449,11 +466,9 @@ def box_weights(shape, spacing_mm, center, grid, grid_spacing_mm):
     The first new sample is put on an old one (at most half a voxel away), so that a stack that
     already has the grid's spacing is cropped without any blur.
     """
-    axes = zip(shape, spacing_mm, center, grid, grid_spacing_mm, strict=True)
-    return [
-        sampling_weights(n, mm, round(c - (m - 1) / 2 * new / mm) * mm, m, new)
-        for n, mm, c, m, new in axes
-    ]
+    first = np.round(center - (np.array(grid) - 1) / 2 * grid_spacing_mm / spacing_mm)  # old voxel
+    axes = zip(shape, spacing_mm, first * spacing_mm, grid, grid_spacing_mm, strict=True)
+    return [sampling_weights(*axis) for axis in axes]
 
 
 def resample(volume, weights):
@@ -503,7 +518,7 @@ def read_table(path, required):
         text = Path(path).read_bytes().decode("utf-8-sig")
     head = text.split("\n", 1)[0]
     comma = ";" if head.count(";") > head.count(",") else ","
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=comma)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=comma, strict=True)
     why = "line {lines.line_num} is not CSV ({error}); correct it"
     with explain(path, why, csv.Error, lines=lines):
         rows = [(lines.line_num, [cell.strip() for cell in line]) for line in lines if any(line)]
@@ -512,10 +527,13 @@ def read_table(path, required):
     header = f"its header is {','.join(columns)[:200] or 'empty'}"
     require(not missing, path, f"has no column {', '.join(missing)}; {header}; add it")
     why = f"names a column twice, or 'line' or 'wrong', which are taken; {header}"
-    require(len(set(own)) == len(own), path, why)
+    named = [name for name in own if name]  # Excel exports empty ones
+    require(len(set(named)) == len(named), path, why)
     require(len(rows) > 1, path, "has a header but no rows; add one row a subject")
     table, seen = [], {}
     for line, cells in rows[1:]:
+        if comma == ";":  # where 120,5 is a number
+            cells = [re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", cell) for cell in cells]
         row = dict.fromkeys(columns, "") | dict(zip(columns, cells, strict=False)) | {"line": line}
         if len(cells) != len(columns):
             row["wrong"] = f"line {line} has {len(cells)} cells, not {len(columns)}; even them"
@@ -531,7 +549,7 @@ def read_table(path, required):
 def number(text):
     """Text -> float; nan for an empty cell or "nan", and None for text that is no finite number."""
     try:
-        value = float(text) if text else np.nan
+        value = float(text.replace("_", "x")) if text else np.nan  # float would read 20209_2_0
     except ValueError:
         return None
     return None if np.isinf(value) else value
@@ -553,10 +571,11 @@ def read_manifest(path):
         if "wrong" not in row:
             bad = next((name for name in columns if number(row[name]) is None), None)
             split, sex = row.get("split"), row.get("sex")
+            sexed = number(sex) in (0, 1, None) or np.isnan(number(sex))
             cmr = row.get("cine") or (row.get("ed") and row.get("es"))
             rules = (
                 (bad is None, f"{bad} '{row.get(bad)}' is not a number; correct or empty the cell"),
-                (number(sex) in (0, 1) or not sex, f"sex '{sex}' must be 0 (female) or 1 (male)"),
+                (sexed, f"sex '{sex}' must be 0 (female) or 1 (male)"),
                 (not split or split in SPLITS, f"split '{split}' must be train, val or test"),
                 (row["ecg"] and cmr, "names no ECG or no pair of ED and ES (or cine); fill it in"),
             )
@@ -645,7 +664,7 @@ def array_layout(grid):
 
 def write_cohort(folder, prepared, columns, grid, spacing_mm, source):
     """Write subjects as they come: memory does not grow with their arrays. Returns as `collect`."""
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))  # a link to a larger disk stays one
     free = not folder.exists() or (folder / "cohort.json").is_file() or not any(folder.iterdir())
     require(free, folder, "exists and is no cohort; choose another name")
     layout = array_layout(grid)
@@ -695,10 +714,34 @@ def collect(prepared, files):
 
 
 @contextmanager
+def alone(folder):
+    """Others that make a cohort in the same place wait; whoever is killed leaves no lock behind."""
+    place = Path(os.path.realpath(folder)).parent
+    with explain(folder, UNWRITABLE, OSError):
+        place.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    lock = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another process that makes a cohort in {place}", file=sys.stderr)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:
+        pass  # some network drives know no locks
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextmanager
 def replacing(folder):
     """Give a folder aside, which takes the place of `folder` when all in it is written.
 
-    Whatever happens, even to an earlier run, the old folder or the new one bears the name.
+    Whatever happens, the old folder or the new one bears the name; killed between two renames, from
+    the next run on.
     """
     aside, old = (folder.with_name(folder.name + end) for end in (".partial", ".replaced"))
 
@@ -802,20 +845,22 @@ def find_cohort(data=None):
     A manifest is prepared once into cohorts/ with the default grid and a 50 Hz notch; others need
     data.py prepare. Returns and raises as open_cohort does.
     """
-    folder = Path(data or "cohorts/synthetic-3000-0")
-    if not data and not folder.exists():
-        synthesize(folder, subjects=3000, seed=0)
-    if data and not folder.is_dir():
+    if data and Path(data).is_dir():
+        return open_cohort(data)
+    folder, make = Path("cohorts/synthetic-3000-0"), partial(synthesize, subjects=3000, seed=0)
+    if data:
         manifest = read_manifest(data)
-        state = hashlib.sha256(Path(data).read_bytes())  # and of size and date of every file:
+        state = hashlib.sha256(Path(data).read_bytes())  # and of size and date of the files:
         for row in manifest["rows"]:
             stem, _ = os.path.splitext(row["ecg"])
             named = [*(row.get(name, "") for name in FILES), stem + ".dat", stem + ".mat"]
             found = [os.stat(file) for file in named if os.path.exists(file)]
             state.update(str([(file.st_size, file.st_mtime_ns) for file in found]).encode())
-        folder = Path("cohorts") / f"{Path(data).stem}-{state.hexdigest()[:8]}"
+        name = f"{Path(data).stem}-{state.hexdigest()[:8]}"
+        folder, make = Path("cohorts") / name, partial(prepare, data)
+    with alone(folder):
         if not folder.exists():
-            prepare(data, folder)
+            make(folder)
     return open_cohort(folder)
 
 
@@ -826,7 +871,8 @@ def read_batch(cohort, rows, device="cpu", ecg_rows=None, names=("ecg", "ed", "e
     """Rows of a cohort as float32: dict(ecg (B, 12, 2500) mV, ed, es (B, 1, Z, Y, X) in 0..1).
 
     ecg_rows: whose ECG to put beside each heart, for the negative control; default their own.
-    varied: (seed, epoch), for training: as `augment` makes them; default as they are.
+    varied: (seed, epoch), for training: as `augment` makes them, which may leave 0..1 a little;
+    default as they are.
     The map of a file gives its layout; rows are then read, not touched through the map, as mapped
     pages (up to 2 MB around a row where the system uses large ones) would count as resident memory.
     """
@@ -840,7 +886,7 @@ def read_batch(cohort, rows, device="cpu", ecg_rows=None, names=("ecg", "ed", "e
                 file.seek(mapped.offset + int(row) * array[0].nbytes)
                 file.readinto(array[k])
         stored[name] = torch.from_numpy(array).to(device)  # small as stored: converted there
-    return augment(stored, rows, *varied) if varied else as_batch(stored)
+    return augment(stored, rows, *varied, cohort["spacing_mm"]) if varied else as_batch(stored)
 
 
 def as_batch(stored):
@@ -877,12 +923,12 @@ def noise_table(seed, device, rounds):
     return table.repeat(rounds).to(device)  # a large grid goes around it more than once
 
 
-def augment(stored, rows, seed, epoch):
+def augment(stored, rows, seed, epoch, spacing_mm=SPACING_MM):
     """Vary subjects as a repeated examination would: a batch in the shapes and units of read_batch.
 
     stored: the arrays of the cohort's files, ecg int16 (B, 12, 2500) in microvolt and perhaps ed
-    and es uint8 (B, Z, Y, X). Draws depend on (seed, epoch, subject) only; rows (B,): the subjects'
-    rows in the cohort.
+    and es uint8 (B, Z, Y, X); rows (B,): the subjects' rows in the cohort. Draws depend on (seed,
+    epoch, subject) only; noise also on which phases there are.
 
     ECG: time shift, gain +-10 %, noise, baseline wander, lead dropout. CMR: gain, offset, noise
     and, for one subject of seven, a shift and an in-plane turn. Geometry is one draw for both
@@ -918,10 +964,11 @@ def augment(stored, rows, seed, epoch):
     if not phases:
         return batch
     height, width = stored[phases[0]].shape[2:]
+    ratio = height * spacing_mm[1] / (width * spacing_mm[2])  # of the box, in mm
     angle = uniform(-0.2, 0.2)  # radian
     move = uniform(-0.1, 0.1, 2)  # of half the box: up to 9.6 mm at the default grid
-    to_x = torch.cat([angle.cos(), -angle.sin() * height / width, move[:, :1]], 1)
-    to_y = torch.cat([angle.sin() * width / height, angle.cos(), move[:, 1:]], 1)
+    to_x = torch.cat([angle.cos(), -angle.sin() * ratio, move[:, :1]], 1)
+    to_y = torch.cat([angle.sin() / ratio, angle.cos(), move[:, 1:]], 1)
     turn = torch.stack([to_x, to_y], 1)  # (B, 2, 3), rows of affine matrices
     places = F.affine_grid(turn, (len(turn), 1, height, width), align_corners=False)
     moved = uniform(0, 1)[:, 0] < 0.15  # few: in 12 epochs, more was too much
@@ -1049,7 +1096,7 @@ def simulate_ecg(heart, rng):
 
 
 def phantom(heart, rng):
-    """Geometry of a short-axis stack: {phase: {tissue: fraction of each voxel of STACK[HEART]}}.
+    """Geometry of a short-axis stack: {phase: {tissue: fraction of each voxel in HEART}}.
 
     The LV cavity is an ellipsoid cut at the base, its volume EDV or ESV; the wall lies between it
     and a larger one, its volume mass / 1.05 g/ml at both phases, so that it thickens; the base
@@ -1089,7 +1136,7 @@ def phantom(heart, rng):
 
     phases = {}
     for phase, descent in (("ed", 0.0), ("es", 14 * heart["LVEF_pct"] / 60)):
-        lv_mm3, rv_mm3 = (1000 * heart[f"{side}E{phase[1].upper()}V_ml"] for side in ("LV", "RV"))
+        lv_mm3, rv_mm3 = (1000 * heart[f"{side}{phase.upper()}V_ml"] for side in ("LV", "RV"))
         base, c = first_base + descent, (length - descent) / 1.25  # cut a quarter above the equator
         top, equator = -0.25 * c, base + 0.25 * c
         a = np.sqrt(lv_mm3 / (np.pi * c * (2 / 3 + 0.25 - 0.25**3 / 3)))
@@ -1128,7 +1175,7 @@ def phantom(heart, rng):
 
 
 def simulate_cmr(heart, rng):
-    """The phantom as scanned, as read_phases gives it, but the mask: at ED, 1 RV, 2 wall, 3 LV."""
+    """The phantom as scanned, as from read_phases; its mask labels ED: 1 RV, 2 wall, 3 LV."""
     tissues = phantom(heart, rng)
     y, x = centered_mm(STACK[1:], STACK_MM[1:])
     y, x = y[:, None] + 3 * rng.standard_normal(), x + 4 * rng.standard_normal()
@@ -1292,7 +1339,7 @@ def show(cohort, subject, out):
     paper.set(xlim=(0, 10), ylim=(-10.5, 2), xlabel="time (s)", ylabel="mV, rows 3 mV apart")
     values = ", ".join(f"{name} {column[row]:.3g}" for name, column in cohort["columns"].items())
     title = f"{subject}, {cohort['split'][row]}, {cohort['source']['kind']}\n{values}"
-    figure.suptitle(title, fontsize=8, wrap=True)
+    figure.suptitle(title.replace("$", r"\$"), fontsize=8, wrap=True)  # $: formulas
     mm_z, mm_y, mm_x = cohort["spacing_mm"]
     for phase in ("ed", "es"):
         slices = list(batch[phase][0, 0].numpy())  # of (Y, X), four in a row without gaps
@@ -1321,6 +1368,8 @@ def keep_memory():
 def exit_cleanly(main):
     """Run a command: one sentence and exit code 2 for the user's mistakes, 130 when interrupted."""
     code = 2
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what a terminal cannot show becomes ?
     try:
         code = main()
     except InputError as error:
@@ -1371,9 +1420,11 @@ def main():
     if args.command == "check":
         return 2 if prepare(args.manifest, None, mains_hz=args.mains, **common) else 0
     if args.command == "prepare":
-        prepare(args.manifest, args.folder, mains_hz=args.mains, **common)
+        with alone(args.folder):
+            prepare(args.manifest, args.folder, mains_hz=args.mains, **common)
     elif args.command == "synthesize":
-        synthesize(args.folder, args.subjects, args.seed, **common)
+        with alone(args.folder):
+            synthesize(args.folder, args.subjects, args.seed, **common)
     elif args.command == "demo":
         write_demo(args.folder, args.subjects, args.seed)
         print(f"wrote {Path(args.folder) / 'manifest.csv'} and the files that it names")

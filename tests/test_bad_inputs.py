@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 import nibabel
 import numpy as np
@@ -188,7 +189,7 @@ def few_leads(folder):
 
 
 WFDB = {
-    "missing signal file": (bad_signal(os.remove), "is missing"),
+    "missing signal file": (bad_signal(os.remove), "does not exist"),
     "truncated signal": (bad_signal(cut), "ends before"),
     "empty signal": (bad_signal(lambda p: p.write_bytes(b"")), "ends before"),
     "signal behind a link": (bad_signal(link_outside), "outside the header's folder"),
@@ -255,6 +256,15 @@ def placed_mask(folder):
     return {"ed": "ed.nii", "es": "es.nii", "mask": "bad.nii"}
 
 
+def es_elsewhere(folder):
+    """As scripts do that save an array with a plain affine."""
+    place = np.diag([3.0, 3, 10, 1])
+    write_nifti(folder / "ed.nii", ED, affine=place)
+    place[:3, 3] = 400
+    write_nifti(folder / "bad.nii", ES, affine=place)
+    return {"ed": "ed.nii", "es": "bad.nii"}
+
+
 def shorts(*values):
     return np.array(values, "<i2").tobytes()
 
@@ -286,6 +296,7 @@ NIFTI = {
         bad_image(ES[:, 4:, 4:], "es"),
         "is not ED's",
     ),
+    "ES elsewhere by its affine": (es_elsewhere, "covers 0% of ED"),
     "ED and ES identical": (lambda f: {"es": "good_ed.nii.gz"}, "same image"),
     "missing file": (lambda f: {"es": "nowhere.nii.gz"}, "does not exist"),
     "a folder": (lambda f: (f / "d.nii").mkdir() or {"es": "d.nii"}, "is a folder"),
@@ -397,6 +408,7 @@ MANIFESTS = {
     "a column twice": (b"id,ecg,ed,es,age,age\n1,2,3,4,5,6\n", "column twice"),
     "latin-1": ("id,ecg,ed,es\nJosé,1,2,3\n".encode("latin-1"), "not UTF-8"),
     "binary": (bytes(range(256)), "not UTF-8"),
+    "an open quote": ((HEADER + '1,2,3,4\n2,"3,4,5\n6,7,8,9\n').encode(), "not CSV"),
     "an endless cell": (HEADER.encode() + b'"' + b"x" * 200_000 + b'",1,2,3\n', "not CSV"),
 }
 
@@ -667,6 +679,33 @@ def test_death_between_the_two_renamings_is_repaired(tmp_path, capsys):
         write_small(tmp_path / "c", 3, OSError("disk"))
     assert "interrupted run" in capsys.readouterr().err
     assert len(data.open_cohort(tmp_path / "c")["ids"]) == 3
+
+
+def test_a_cohort_behind_a_link_stays_there(tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "c").symlink_to(tmp_path / "large")
+    for count in (2, 3):
+        write_small(tmp_path / "c", count)
+        assert (tmp_path / "c").is_symlink() and len(data.open_cohort(tmp_path / "large")["ids"])
+
+
+def test_two_that_want_the_same_cohort_make_it_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    made, found = [], []
+
+    def synthesize(folder, **options):
+        made.append(folder)
+        time.sleep(0.5)
+        write_small(folder)
+
+    monkeypatch.setattr(data, "synthesize", synthesize)
+    both = [Thread(target=lambda: found.append(data.find_cohort())) for _ in range(2)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join(20)
+    assert len(made) == 1 and len(found) == 2
+    assert "waiting for another process" in capsys.readouterr().err
 
 
 def test_a_users_own_copy_beside_the_cohort_stays(tmp_path):

@@ -40,6 +40,14 @@ def test_cardiosoft_strip_is_read_and_median_beats_are_not(tmp_path):
     np.testing.assert_allclose(read["ecg_mv"], samples * 4.88e-3, rtol=1e-12)
 
 
+def test_cardiosoft_with_a_further_lead_that_is_empty(tmp_path):
+    text = xml_text(rhythm())
+    extra = '<WaveformData lead="V7"></WaveformData>'
+    (tmp_path / "a.xml").write_text(text.replace("\t</StripData>", f"{extra}\t</StripData>"))
+    assert extra in (tmp_path / "a.xml").read_text()
+    assert np.abs(data.read_ecg(tmp_path / "a.xml")["ecg_mv"] - rhythm()).max() < 0.003
+
+
 @pytest.mark.parametrize("end", ["dat", "mat"])
 @pytest.mark.parametrize(
     ("gain", "baseline", "unit"), [(1000, 0, "mV"), (200, -512, "mv"), (0.25, 7, "uV")]
@@ -127,6 +135,13 @@ def test_longer_recordings_give_their_middle():
     assert np.abs(cleaned[1]).max() < 1500
 
 
+def test_a_lead_that_is_flat_in_the_ten_seconds_that_are_kept_is_refused():
+    ecg = rhythm(seconds=30)
+    ecg[8, 4000:11000] = 0  # V3, 8 to 22 s
+    with pytest.raises(data.InputError, match="lead V3 is flat"):
+        data.clean_ecg(ecg, 500)
+
+
 def test_limb_lead_residual_finds_every_exchange_of_two_limb_leads():
     heart = data.draw_heart(0, 1)
     ecgs = [rhythm(), data.simulate_ecg(heart, np.random.default_rng(0))]
@@ -184,6 +199,41 @@ def test_scaling_of_the_header_is_applied_and_a_trailing_axis_of_one_is_dropped(
     voxels = data.read_voxels(data.open_nifti(tmp_path / "a.nii"))
     assert voxels.dtype == np.float32 and voxels.shape == volume.shape
     assert np.abs(voxels - volume).max() < 0.02
+
+
+def test_trailing_axes_of_one_and_a_qfac_of_zero_are_read(tmp_path):
+    volume = heart_volumes()[0]
+    image = nibabel.Nifti1Image(volume.transpose(2, 1, 0)[..., None, None], None)
+    image.header["pixdim"][:4] = 0, 3, 3, 10
+    image.header["qform_code"] = 1
+    (tmp_path / "a.nii").write_bytes(image.header.binaryblock + bytes(4) + image.to_bytes()[352:])
+    nifti = data.open_nifti(tmp_path / "a.nii")
+    assert nifti["affine"] is not None and data.read_voxels(nifti).shape == volume.shape
+
+
+def test_slices_of_an_isotropic_stack_are_the_last_axis_whatever_the_rounding(tmp_path):
+    spacing = (1.39999998, 1.4000001, 1.39999998)
+    write_nifti(tmp_path / "a.nii", np.ones((30, 48, 52), np.int16), pixdim=spacing)
+    assert data.open_nifti(tmp_path / "a.nii")["axes"][0] == 2
+
+
+def test_a_mask_stored_with_other_axes_than_ed(tmp_path):
+    ed, es = heart_volumes()
+    for name, volume in (("ed", ed), ("es", es), ("mask", (ed > 200).astype(np.int16))):
+        image = nibabel.Nifti1Image(volume.transpose(2, 1, 0), oblique())
+        turn = [[2, 1], [0, -1], [1, 1]] if name == "mask" else [[0, 1], [1, 1], [2, 1]]
+        nibabel.save(image.as_reoriented(np.array(turn)), tmp_path / f"{name}.nii")
+    phases = data.read_phases({n: tmp_path / f"{n}.nii" for n in ("ed", "es", "mask")})
+    np.testing.assert_array_equal(phases["mask"], phases["ed"] > 200)
+
+
+def test_a_slice_that_one_phase_lacks_does_not_move_the_box():
+    ed, es = (np.roll(v, 7, axis=2).astype(np.float32) for v in heart_volumes((10, 64, 64)))
+    ed[-2:] = 0
+    ed[-2:, 10:30, 8:20] = 900  # bright, far from the heart
+    whole, spacing = data.motion_box(ed[:8], es[:8], (10, 3, 3)), (10, 3, 3)
+    es[-2:] = 0
+    assert data.motion_box(ed, es, spacing)[1:] == whole[1:]
 
 
 def test_phases_on_different_grids_meet_through_their_affines(tmp_path):
@@ -311,6 +361,9 @@ def test_es_frame_is_estimated_from_a_cine_and_reported(tmp_path, subject):
     np.testing.assert_array_equal(given["ed"], cine[..., 1])
     np.testing.assert_array_equal(given["es"], cine[..., 7])
     assert given["warnings"] == []
+    as_pandas = data.read_phases(row | {"ed_frame": "1.0", "es_frame": "nan"})
+    np.testing.assert_array_equal(as_pandas["ed"], cine[..., 1])
+    assert as_pandas["warnings"] == phases["warnings"]
 
 
 # ---------------------------------------------------------------- synthetic hearts
@@ -413,6 +466,20 @@ def test_manifest_keeps_leading_zeros_and_sorts_columns_by_kind(tmp_path):
     assert manifest["rows"][0]["ecg"] == str(tmp_path / "a.xml")
 
 
+def test_a_table_as_a_german_excel_writes_it(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text("id;ecg;ed;es;LVEDV_ml;bulk;;\n1;a,1;b;c;120,5;1_20209_2_0;;\n")
+    manifest = data.read_manifest(path)
+    assert manifest["columns"] == ["LVEDV_ml"] and "bulk" in manifest["ignored"]
+    assert manifest["rows"][0]["LVEDV_ml"] == "120.5" and "wrong" not in manifest["rows"][0]
+
+
+@pytest.mark.parametrize("sex", ["", "nan", "1.0"])
+def test_an_unknown_sex_is_no_mistake(tmp_path, sex):
+    (tmp_path / "m.csv").write_text(f"id,ecg,ed,es,sex\n1,a,b,c,{sex}\n2,a,b,c,0\n")
+    assert "wrong" not in data.read_manifest(tmp_path / "m.csv")["rows"][0]
+
+
 def test_cohort_folder_is_as_the_contract_says(cohort_folder):
     about = json.loads((cohort_folder / "cohort.json").read_text())
     assert about["format_version"] == 1 and about["leads"] == list(data.LEADS)
@@ -500,6 +567,24 @@ def test_both_phases_move_alike_and_are_never_mirrored(monkeypatch):
         assert 0.02 < moved < 0.35  # one subject of seven
 
 
+def test_a_turn_is_rigid_in_mm_on_pixels_that_are_no_squares(monkeypatch):
+    monkeypatch.setattr(data, "noise_table", lambda seed, device, rounds: torch.zeros(2**20))
+    spacing, places = (10, 1.5, 6), ((24, 20), (40, 20), (40, 14))
+    y, x = np.mgrid[:64, :32] * np.array([[[1.5]], [[6]]])  # mm
+    found = []
+    for row, column in places:  # a blob in ED and ES each time; none is drawn over another
+        blob = 255 * np.exp(-((y - row * 1.5) ** 2 + (x - column * 6) ** 2) / (2 * 9**2))
+        one = torch.from_numpy(blob.astype(np.uint8)).expand(64, 1, 64, 32)
+        stored = {"ecg": torch.zeros(64, 12, 2500, dtype=torch.int16), "ed": one}
+        out = data.augment(stored, np.arange(64), 0, 0, spacing)["ed"][:, 0, 0].numpy()
+        out = (out - out.min(axis=(1, 2), keepdims=True)).clip(0)
+        weight = out.sum(axis=(1, 2))
+        found.append(np.stack([(out * place).sum(axis=(1, 2)) / weight for place in (y, x)], 1))
+    for (a, b), wanted in (((0, 1), 24), ((1, 2), 36)):  # mm between blobs
+        distance = np.linalg.norm(found[a] - found[b], axis=1)
+        assert np.abs(distance - wanted).max() < 1.5, distance
+
+
 def resident_mb():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -530,6 +615,9 @@ def test_memory_does_not_grow_with_the_cohort(cohort_folder, tmp_path):
 def test_show_draws_a_subject(cohort_folder, tmp_path):
     data.show(data.open_cohort(cohort_folder), "000003", tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    cohort = data.open_cohort(cohort_folder)
+    cohort["columns"] |= {"cost_$": np.ones(99), "x_$_\\y": np.ones(99)}  # no formulas
+    data.show(cohort, "000003", tmp_path / "b.png")
 
 
 # ---------------------------------------------------------------- real files
