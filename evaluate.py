@@ -6,7 +6,7 @@
 
 Probes are linear: ridge for phenotypes, L2 logistic regression for outcomes, on the features before
 the head, standardised on training subjects. Their strength alpha is chosen on validation subjects;
-test subjects are used once, with a bootstrap over them for 95 % intervals.
+test subjects give the score, with a bootstrap over them for 95 % intervals.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ ALPHAS = 10.0 ** np.arange(-1, 5.5, 0.5)
 RATES = (1e-3, 3e-3)  # learning rates among which the supervised opponent chooses
 DIRECTIONS = ("ecg_to_ed", "ecg_to_es", "ed_to_ecg", "es_to_ecg", "ed_to_es")
 FIGURES = ("probe", "latents", "scatter", "labels", "gallery")
+matplotlib.rcParams["text.parse_math"] = False  # two $ in a name are no formula
 # Safe for colour-blind readers (Okabe, Ito), for nine methods.
 COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #999999 #000000 #F0E442".split()
 
@@ -134,7 +136,7 @@ def logistic(x, y, alphas):
             half = x * np.sqrt(p * (1 - p))[:, None]
             slope, curve = x.T @ (p - y) + penalty * weights, half.T @ half + np.diag(penalty)
             step = np.linalg.solve(curve, slope)
-            weights = weights - step / max(1, np.abs(step).max())
+            weights = weights - step / max(1, np.abs(step).max())  # none moves by more than 1
             if np.abs(step).max() < 1e-4:  # the error left is about its square
                 break
         found[alpha] = weights
@@ -155,12 +157,12 @@ def standardise(x, train):
 def fit(x, y, rows, binary):
     """Probe standardised x (N, D) for y (N,), nan where unknown: looks at train and val alone.
 
-    Returns dict(prediction (N,) in y's unit or as a probability, alpha, the one of ALPHAS with the
-    least squared error or log loss on val (100 without val), mean of y on train), or None with
-    fewer than 3 training labels or a single class.
+    Returns dict(prediction (N,), in y's unit or a probability; alpha, best on val by squared error
+    or log loss (100 without val); mean of y on train), or None with fewer than 3 training labels or
+    a single value of them.
     """
     train, val = (rows[name][~np.isnan(y[rows[name]])] for name in ("train", "val"))
-    if len(train) < 3 or (binary and len(set(y[train])) < 2):
+    if len(train) < 3 or np.ptp(y[train]) == 0:
         return None
     weights = (logistic if binary else ridge)(x[train], y[train], ALPHAS)
     z = x @ weights[:-1] + weights[-1]  # (N, alphas)
@@ -254,7 +256,7 @@ def compare(a, b):
 
     def table(kind, name, change):
         pairs = {k: (a["samples"][k], b["samples"][k]) for k in a[kind] if k in b[kind]}
-        if name == "relative":  # to what may be nothing, it has no meaning
+        if name == "relative":  # a ratio to what may be 0 means nothing
             pairs = {k: pair for k, pair in pairs.items() if np.nanpercentile(pair[1], 2.5) > 0}
         return {k: summary(change(*pair), name, "ci") for k, pair in pairs.items()}
 
@@ -295,15 +297,17 @@ def train_supervised(cohort, rows, device, seed, rates=RATES):
     """The same ECG encoder trained from scratch on the labels: a fair opponent of the frozen one.
 
     One linear output per target on standardised values (cross-entropy for outcomes), all targets at
-    once, the augmentation of train.py; learning rate and epoch by validation loss. Its outputs, for
+    once, augmented as in training; learning rate and epoch by validation loss. Its outputs, for
     which it was trained, are then probed like features. Returns dict(outputs (N, targets), rate).
     """
     targets, train, val = cohort["phenotypes"] + cohort["outcomes"], rows["train"], rows["val"]
     y = np.stack([cohort["columns"][name] for name in targets], 1)
     binary = np.array([name in cohort["outcomes"] for name in targets])
     labels = np.ma.masked_invalid(y[train])
-    mean, std = labels.mean(0).filled(0), labels.std(0).filled(1) + 1e-9
-    y = torch.from_numpy(np.where(binary, y, (y - mean) / std).astype(np.float32)).to(device)
+    mean, std = labels.mean(0).filled(0), labels.std(0).filled(0)
+    varies = std > 1e-9 * np.abs(mean)  # others would rule the choice on val with huge errors
+    scaled = np.where(binary, y, (y - mean) / np.where(varies, std, 1))
+    y = torch.from_numpy(np.where(varies, scaled, np.nan).astype(np.float32)).to(device)
     outcome = torch.from_numpy(binary).to(device)
 
     def error(output, wanted):  # mean over the labels that are known
@@ -338,9 +342,15 @@ def train_supervised(cohort, rows, device, seed, rates=RATES):
                 optimizer.zero_grad()
                 schedule.step()
             score = float(error(outputs(net, val), y[val]))
-            if score < best["error"]:
+            if score <= best["error"]:  # without labels in val, the last epoch
                 best = {"error": score, "rate": rate, "net": copy.deepcopy(net)}
     return {"outputs": outputs(best["net"], np.arange(len(y))).cpu().numpy(), "rate": best["rate"]}
+
+
+def labelled(cohort, rows):
+    """Those of rows of which at least one phenotype is known."""
+    values = [cohort["columns"][name][rows] for name in cohort["phenotypes"]]
+    return rows[~np.isnan(values).all(axis=0)] if values else rows[:0]
 
 
 def draw_labels(train, count, seed):
@@ -361,7 +371,8 @@ def label_curve(encoders, cohort, rows, counts, device, seed):
         for draw in range(1 if count == "all" else 10):
             chosen, features = rows, dict(encoders)
             if count != "all":
-                chosen = rows | draw_labels(rows["train"], int(count), [seed, int(count), draw])
+                known = labelled(cohort, rows["train"])
+                chosen = rows | draw_labels(known, int(count), [seed, int(count), draw])
                 if features.pop("supervised", None) is not None and draw < 3:
                     tell(f"supervised on {count} labels, draw {draw + 1} of 3")
                     best = train_supervised(cohort, chosen, device, seed + draw, rates)
@@ -386,6 +397,7 @@ def encode_row(run, table, mains_hz, device, row):
     path = Path(table).parent / row["ecg"]
     try:
         data.require("wrong" not in row, table, row.get("wrong"))
+        data.require(row["ecg"], table, "names no ECG; fill it in")
         ecg = data.read_clean_ecg(path, mains_hz)
     except Exception as error:  # one file that breaks a reader must not stop the others
         why = data.printable(getattr(error, "why", error))
@@ -397,13 +409,14 @@ def encode_row(run, table, mains_hz, device, row):
 
 
 def predict(run, cohort, rows, table, device):
-    """Phenotypes and outcomes of new ECGs: the frozen encoder, probes fitted on the run's cohort.
+    """Phenotypes and outcomes of new ECGs: the frozen encoder, probes fitted on the cohort.
 
     Writes predictions.csv beside the table of ids and ECGs. The 95 % interval of a phenotype is the
     prediction +- the 95 % quantile of absolute validation residuals (split conformal).
     """
     listed, out = data.read_table(table, ("id", "ecg")), Path(table).with_name("predictions.csv")
-    data.require(out != Path(table), table, "would be overwritten by the predictions; rename it")
+    why = "would be overwritten by the predictions; rename it"
+    data.require(out.resolve() != Path(table).resolve(), table, why)
     known = extract(run["model"], cohort, device, ("ecg",))["features"]["ecg"]
     mains_hz = cohort["source"].get("mains_hz", 50)
     made = data.collect((encode_row(run, table, mains_hz, device, row) for row in listed), files={})
@@ -417,14 +430,14 @@ def predict(run, cohort, rows, table, device):
         y = np.concatenate([cohort["columns"][target], np.full(len(new), np.nan)])
         found = fit(x, y, rows, target in cohort["outcomes"])
         if found is None:
-            tell(f"{target}: too few training labels, not predicted")
+            tell(f"{target}: too few training labels or only one value, not predicted")
             continue
         p = found["prediction"][len(known) :]
         if target in cohort["outcomes"]:
             columns[f"{target}_probability"] = p
             continue
         columns[target], error = p, np.abs(found["prediction"] - y)
-        val, test = (error[rows[k]][~np.isnan(y[rows[k]])] for k in ("val", "test"))
+        val, test = (e[~np.isnan(e)] for e in (error[rows["val"]], error[rows["test"]]))
         if len(val) < 20:
             tell(f"{target}: {len(val)} validation labels are too few for an interval (20 needed)")
             continue
@@ -450,10 +463,10 @@ def label(name):
 
 def bars(methods, title):
     """R^2 of every method for every phenotype, structural ones first, with bootstrap intervals."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    axis, width = figure.subplots(), 0.84 / len(methods)
     grouped = groups(dict.fromkeys(name for table in methods.values() for name in table))
     names = grouped["structural"] + grouped["functional"]
+    figure = Figure(figsize=(max(9, 1.1 * len(names)), 4.2), layout="constrained")
+    axis, width = figure.subplots(), 0.84 / len(methods)
     for k, (method, table) in enumerate(methods.items()):
         shift = (k - (len(methods) - 1) / 2) * width
         place = [i + shift for i, name in enumerate(names) if name in table]
@@ -469,10 +482,9 @@ def bars(methods, title):
     return figure
 
 
-def label_figure(curve, own, rows, note):
-    """R^2 of LVEF, or else of the first phenotype, against the number of labels."""
-    target = min(own, key=lambda name: "LVEF" not in name)
-    everyone = len(rows["train"]) + len(rows["val"])
+def label_figure(curve, own, everyone, note):
+    """R^2 of LVEF, or else of the first phenotype, against labelled subjects; everyone: "all"."""
+    target = next((name for name in own if "LVEF" in name), next(iter(own)))
     sizes = {n: everyone if n == "all" else int(n) for n in curve}
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axis = figure.subplots()
@@ -550,7 +562,8 @@ def figures(metrics, results, first, cohort, rows, embeddings):
         yield "latents", bars({"ECG": own} | shown, f"What the latents of {first} know{note}")
         yield "scatter", scatter(results[first], cohort, rows, f"{first} on test{note}")
     if own and metrics["labels"]:
-        yield "labels", label_figure(metrics["labels"], own, rows, note)
+        everyone = sum(len(labelled(cohort, rows[name])) for name in ("train", "val"))
+        yield "labels", label_figure(metrics["labels"], own, everyone, note)
     if len(rows["test"]) > 1:
         title = f"Hearts nearest to an ECG{note}"
         yield "gallery", gallery(cohort, embeddings, rows["test"], title)
@@ -568,6 +581,7 @@ def markdown(title, columns, names, form=".2f"):
     rows = [[title, *columns], ["---"] * (1 + len(columns))]
     for name in names:
         rows += [[name, *(cell(table.get(name), key, form) for table, key in columns.values())]]
+    rows = [[text.replace("|", "\\|") for text in row] for row in rows]
     return ["", *("| " + " | ".join(row) + " |" for row in rows)]
 
 
@@ -627,8 +641,9 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="default 0")
     add("--predict", metavar="CSV", help="phenotypes of new ECGs (columns id, ecg), nothing else")
     args = parser.parse_args()
-    valid = args.bootstrap >= 1 and args.seed >= 0
-    data.require(valid, "--bootstrap, --seed", "must be at least 1 and 0")
+    for name, least, most in (("bootstrap", 1, 100_000), ("seed", 0, 2**63 - 1)):
+        rule = f"must be from {least} to {most}"
+        data.require(least <= getattr(args, name) <= most, f"--{name}", rule)
     return args
 
 
@@ -663,9 +678,10 @@ def main():
         predict(runs[first], cohort, rows, args.predict, device)
         return 0
     for count in args.labels:
-        possible = count == "all" or count.isdecimal() and 20 <= int(count) <= len(rows["train"])
-        why = f"{count} is neither all nor a number from 20 to the {len(rows['train'])}"
-        data.require(possible, "--labels", f"{why} training subjects")
+        most = len(labelled(cohort, rows["train"]))
+        possible = count == "all" or count.isdecimal() and 20 <= int(count) <= most
+        why = f"{count} is neither all nor a number from 20 to the {most} training subjects"
+        data.require(possible, "--labels", f"{why} with a phenotype")
     targets = cohort["phenotypes"] + cohort["outcomes"]
     if args.supervised and not (targets and len(rows["train"]) >= 8 and len(rows["val"])):
         tell("supervised needs targets, 8 training and some validation subjects: left out")

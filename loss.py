@@ -1,4 +1,4 @@
-"""Loss: everything that looks across the batch, or across processes.
+"""Loss: what compares embeddings across the batch, and gathers them across processes.
 
 dual_phase_loss(embeddings, weights, temperature)   # the paper's loss, each term by name
 retrieval_ranks(a, b)                                # where each row's own partner is found
@@ -28,8 +28,8 @@ def dual_phase_loss(embeddings, weights=(1, 1, 1), temperature=0.07):
 
     embeddings: {"ecg", "ed" and/or "es": (B, D) unit vectors}. Pairs with an absent phase are left
     out, and the other weights rescaled to sum to 1. Returns {"total", "ecg_ed", "ecg_es", "ed_es"}
-    in nats for the pairs that are present, unweighted but for the total. Raises ValueError when no
-    present pair has a positive weight.
+    in nats for the pairs that are present, unweighted but for the total. Raises ValueError when a
+    weight is negative or no present pair has a positive one.
     """
     pairs = {pair: w for pair, w in zip(PAIRS, weights, strict=True) if {*pair} <= {*embeddings}}
     scale = sum(pairs.values())
@@ -115,8 +115,7 @@ def backward(model, stream, pieces, weights, temperature):
         slopes = {name: x.grad.split(sizes) for name, x in features.items()}
         for k in range(pieces):
             piece = model(next(stream))
-            # The surrogate's gradient is the loss's at this piece's features.
-            surrogate = sum((piece[name] * slopes[name][k]).sum() for name in piece)
-            surrogate.backward()
+            # The gradient of this sum is the loss's at this piece's features.
+            sum((piece[name] * slopes[name][k]).sum() for name in piece).backward()
     average_gradients(model)
     return {name: term.detach() for name, term in terms.items()}

@@ -4,7 +4,7 @@
     embeddings = model.embed(features)  # the same names, (B, 128) unit vectors: what is compared
 
 Encoders never see the batch as a whole (GroupNorm only), so a subject's features do not depend on
-its neighbours: micro-batches and several processes then give exactly the features of one big batch.
+its neighbours: micro-batches and several processes then give the features of one big batch.
 """
 
 import torch
@@ -16,7 +16,7 @@ CONV = {1: nn.Conv1d, 3: nn.Conv3d}
 
 
 class Block(nn.Module):
-    """Two convolutions around a shortcut (He 2016); halves every axis and changes the width."""
+    """Two convolutions beside a shortcut (He 2016); halves every axis and changes the width."""
 
     def __init__(self, dim, width_in, width_out, kernel):
         super().__init__()
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 def convolve(x, conv):
-    """conv(x) of a centred kernel, faster where an axis is one sample long.
+    """conv(x) of a centred kernel with stride 1, faster where an axis is one sample long.
 
     There only the kernel's middle meets the sample; the rest would multiply padding.
     """
@@ -126,7 +126,7 @@ class DualPhase(nn.Module):
         kind, features = batch["ecg"].device.type, {}
         for name in (name for name in self.encoders if name in batch):
             # On CPUs, the bfloat16 3D convolution of torch 2.13 reads memory that nobody wrote: now
-            # and then a gradient of 32 -> 32 channels at (2, 4, 4) is NaN. CMR is float32 there.
+            # and then a gradient was NaN (32 -> 32 channels at 2 x 4 x 4). CMR is float32 there.
             amp = self.amp and (name == "ecg" or kind != "cpu")
             with torch.autocast(kind, torch.bfloat16, enabled=amp):
                 x = self.encoders[name](batch[name])

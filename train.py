@@ -6,8 +6,9 @@
     torchrun --nproc_per_node 8 train.py --data cohort/ --epochs 100 --batch-size 1024
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:1234 train.py
 
-Every random draw is a function of (seed, epoch, subject), so neither micro-batches, nor the number
-of processes, nor an interruption changes the result by more than rounding.
+Weights start from the seed, and every draw after that is a function of (seed, epoch, subject): of
+the same --batch-size, neither micro-batches, nor the number of processes, nor an interruption
+changes the result by more than rounding.
 """
 
 import argparse
@@ -37,7 +38,8 @@ def main():
     args = parse_arguments()
     world = start_processes(args.device)
     device, chief = world["device"], world["rank"] == 0
-    cohort = open_together(args.data, world)
+    find = partial(data.find_cohort, args.data)
+    cohort = first_alone(find, world) or find()
     rows = {name: np.flatnonzero(cohort["split"] == name) for name in ("train", "val")}
     rows["train"] = rows["train"][: args.limit]
     args.batch_size = choose_batch_size(args.batch_size, len(rows["train"]), world["size"])
@@ -49,11 +51,10 @@ def main():
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")
     done = {"epoch": 0, "step": 0, "sums": {}, "log": [], "best": math.inf}
-    if chief:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+    first_alone(partial(os.makedirs, args.out, exist_ok=True), world)
     if args.resume:
         done = resume(args, cohort, model, optimizer) or done
-    elif chief:  # --overwrite: the old run must not be taken for an interrupted part of this one
+    elif chief:  # a run to overwrite must not be taken for an interrupted part of this one
         for name in ("last.pt", "best.pt", "log.csv", "curves.png"):
             (Path(args.out) / name).unlink(missing_ok=True)
     if args.compile:
@@ -76,9 +77,9 @@ def main():
     for epoch in range(done["epoch"], args.epochs):
         epoch_started = time.time()
         batches = data.epoch_batches(rows["train"], args.batch_size, args.seed, epoch)
-        batches = [np.array_split(subjects[own], pieces) for subjects in batches[done["step"] :]]
+        batches = [np.array_split(batch[own], pieces) for batch in batches[done["step"] :]]
         passes = min(pieces, 2)  # micro-batches are encoded twice: see loss.backward
-        tasks = [subjects for batch in batches for subjects in batch * passes]
+        tasks = [piece for batch in batches for piece in batch * passes]
         stream = data.read_ahead(partial(load, epoch=epoch), tasks)
         model.train()
         for _ in batches:
@@ -170,7 +171,8 @@ def parse_arguments():
     out = Path(args.out)
     clear = all(path.is_dir() or not path.exists() for path in (out, *out.parents))
     data.require(clear, args.out, "passes through a file; name a folder")
-    free = args.resume or args.overwrite or not (out / "last.pt").exists()
+    held = (out / "last.pt").exists() or (out / "best.pt").exists()
+    free = args.resume or args.overwrite or not held
     data.require(free, args.out, "holds a run; add --resume or --overwrite, or give --out")
     return args
 
@@ -187,23 +189,24 @@ def start_processes(device):
     return {"rank": dist.get_rank(), "size": dist.get_world_size(), "device": torch.device(device)}
 
 
-def open_together(path, world):
-    """The cohort of --data, which the first process prepares, or fails to, while others wait."""
-    made = torch.zeros(1, device=world["device"])
+def first_alone(task, world):
+    """task() of the first process; the others wait, get None, and leave where it fails."""
+    done, result = torch.zeros(1, device=world["device"]), None
     try:
-        cohort = data.find_cohort(path) if world["rank"] == 0 else None
-        made += 1
+        if world["rank"] == 0:
+            result = task()
+        done += 1
     finally:
         if world["size"] > 1:
-            dist.broadcast(made, 0)
-    if not made:
+            dist.broadcast(done, 0)
+    if not done:
         sys.exit(2)  # the first process has said why
-    return cohort or data.find_cohort(path)
+    return result
 
 
 def choose_batch_size(wanted, subjects, processes):
-    """The global batch size: --batch-size, or 64 where there are as many training subjects."""
-    size = wanted or min(64, subjects) // processes * processes
+    """--batch-size, or about 64: fewer with fewer subjects, a multiple of the processes."""
+    size = wanted or min(max(64, 2 * processes), subjects) // processes * processes
     data.require(size >= 2, "--data", f"{subjects} training subjects are too few for contrast")
     why = f"{size} exceeds the {subjects} training subjects"
     data.require(size <= subjects, "--batch-size", why)
@@ -359,7 +362,8 @@ def draw_curves(args, cohort, log):
     from matplotlib.figure import Figure  # slow to import, needed only here
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
-    figure.suptitle(f"{args.out} ({cohort['source']['kind']} cohort)")
+    title = f"{args.out} ({cohort['source']['kind']} cohort)"
+    figure.suptitle(title.replace("$", r"\$"))  # two would enclose a formula
     left, right = figure.subplots(1, 2)
     names = {"total": "total", "ecg_ed": "ECG–ED", "ecg_es": "ECG–ES", "ed_es": "ED–ES"}
     names |= {"val_total": "total, validation"}

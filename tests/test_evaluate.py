@@ -365,6 +365,41 @@ def test_predictions_never_replace_the_table_they_are_made_from(evaluated, run_s
     assert (tmp_path / "predictions.csv").read_text() == "id,ecg\n1,1.xml\n"
 
 
+def test_predictions_never_replace_their_table_through_a_link(evaluated, run_script, tmp_path):
+    (tmp_path / "predictions.csv").write_text("id,ecg\n1,1.xml\n")
+    (tmp_path / "new.csv").symlink_to("predictions.csv")
+    arguments = evaluated["run"], "--predict", tmp_path / "new.csv"
+    result = run_script("evaluate.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2 and "would be overwritten" in result.stderr
+
+
+def test_what_train_cannot_teach_does_not_choose_for_the_supervised_encoder(cohort):
+    """No labels in val but of a column that is constant in train: the last epoch is taken."""
+    rows = split_rows(cohort)
+    columns = {name: cohort["columns"][name].copy() for name in ("LVEDV_ml", "LVM_g")}
+    for column in columns.values():
+        column[rows["val"]] = np.nan
+    columns["scar_g"] = 1.0 * np.isin(np.arange(64), rows["val"])
+    strange = cohort | {"columns": columns, "phenotypes": [*columns], "outcomes": []}
+    found = evaluate.train_supervised(strange, rows, torch.device("cpu"), 0, rates=(3e-3,))
+    for k, name in enumerate(("LVEDV_ml", "LVM_g")):
+        output, y = found["outputs"][rows["train"], k], columns[name][rows["train"]]
+        assert np.corrcoef(output, y)[0, 1] > 0.9
+
+
+def test_labels_are_drawn_among_the_labelled(cohort, monkeypatch):
+    rows, drawn, draw = split_rows(cohort), [], evaluate.draw_labels
+    few = rows["train"][:24]
+    y = np.full(64, np.nan)
+    y[few] = y[rows["test"]] = 1
+    monkeypatch.setattr(
+        evaluate, "draw_labels", lambda train, *more: drawn.append(train) or draw(train, *more)
+    )
+    strange = cohort | {"columns": {"LVM_g": y}, "phenotypes": ["LVM_g"], "outcomes": []}
+    evaluate.label_curve({}, strange, rows, ["20"], "cpu", 0)
+    assert len(drawn) == 10 and all(np.array_equal(train, few) for train in drawn)
+
+
 def test_nothing_is_told_relative_to_a_baseline_that_may_be_nothing():
     """R^2 of 0.5 against one of 0.4, certain or not."""
     sure, vague = np.full(100, 0.4), np.append(0.4, np.linspace(-1, 1.8, 99))
@@ -439,6 +474,9 @@ SMALL = {
     ),
     "missing values": (30, lambda t: [r | {"LVEF_pct": "", "age": ""} if k % 3 else r
                                       for k, r in enumerate(t)]),
+    "strange names": (30, lambda t: [row | {"a|b_$x$_ml": row["LVM_g"],
+                                            "rare_g": "0" if row["split"] == "train" else str(k)}
+                                     for k, row in enumerate(t)]),
     "one class": (30, lambda t: [row | {"heart_failure": "0", "hypertension": "1"} for row in t]),
 }  # fmt: skip
 
@@ -461,6 +499,13 @@ def test_small_cohorts_do_not_crash(cohort_folder, tmp_path, monkeypatch, capsys
     if case == "one class":
         assert metrics["runs"]["es"]["outcomes"].keys() <= {"atrial_fibrillation"}
         assert "heart_failure: left out" in told
+    if case == "strange names":
+        assert "a|b_$x$_ml" in metrics["runs"]["es"]["probe"] and "rare_g: left out" in told
+        table = [line.replace("\\|", "") for line in (run / "eval" / "table.md").open()]
+        table = [
+            line.count("|") for line in table if "b_$x$_ml" in line or line.startswith("| R² ")
+        ]
+        assert table[0] == table[1]
     if case == "no covariates":
         assert "covariates" not in metrics["baselines"]
 
@@ -498,7 +543,8 @@ def test_wrong_runs_are_refused(cohort, tmp_path, monkeypatch, capfd, recwarn, f
 @pytest.mark.parametrize(
     "arguments",
     [["--labels", "5"], ["--labels", "many"], ["--labels", "9999"], ["--bootstrap", "0"],
-     ["--labels", "5²"], ["--data", "nowhere"], ["--predict", "nowhere.csv"], ["run"]],
+     ["--seed", str(2**64)], ["--bootstrap", "1000000000"], ["--labels", "5²"],
+     ["--data", "nowhere"], ["--predict", "nowhere.csv"], ["run"]],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(cohort, tmp_path, monkeypatch, arguments):
     run = make_run(tmp_path / "run", cohort)

@@ -301,11 +301,17 @@ def test_wrong_arguments_end_a_real_process_too(run_script, tmp_path):
     assert done.stderr.count("\n") == 1 and "--temperature" in done.stderr
 
 
-def test_with_two_processes_one_says_what_is_wrong_and_none_shows_a_traceback(run_script, tmp_path):
+def test_with_two_processes_one_says_what_is_wrong_and_none_shows_a_traceback(
+    run_script, cohort_folder, tmp_path
+):
     """Of train.py, that is: torchrun reports about its processes in its own way."""
     done = run_script("train.py", "--data", "nowhere", cwd=tmp_path, processes=2)
     assert done.returncode and done.stderr.count("nowhere: does not exist") == 1
     assert "train.py" not in done.stderr.split("nowhere: does not exist")[0]
+    options = "--data", cohort_folder, "--epochs", 1, "--out", "/proc/x"
+    done = run_script("train.py", *options, cwd=tmp_path, processes=2)
+    assert done.returncode and done.stderr.count("error: /proc/x: ") == 1
+    assert "Connection closed" not in done.stderr and "rank1" not in done.stderr
     assert "[rank" not in done.stderr and "find_cohort" not in done.stderr
 
 
@@ -318,6 +324,13 @@ def run_copy(whole, tmp_path):
 def test_a_folder_with_a_run_is_refused(run_copy, whole, cohort_folder, refused):
     assert "--overwrite" in refused(*options(cohort_folder))
     assert_same_run(run_copy, whole["folder"])
+    (run_copy / "last.pt").unlink()  # best.pt alone is worth as much
+    assert "--overwrite" in refused(*options(cohort_folder))
+
+
+def test_the_default_batch_is_64_or_what_there_is_in_whole_shares():
+    sizes = {(2082, 1): 64, (2082, 3): 63, (43, 1): 43, (43, 2): 42, (34_000, 128): 256}
+    assert {key: train.choose_batch_size(None, *key) for key in sizes} == sizes
 
 
 @pytest.mark.parametrize("changed, named", [
