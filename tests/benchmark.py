@@ -91,16 +91,19 @@ def make_cohorts(folder):
     data.prepare(folder / "demo" / "manifest.csv", folder / "small")
     rate = PREPARED / (time.perf_counter() - started)
     arrays = {name: np.load(folder / "small" / f"{name}.npy") for name in ("ecg", "ed", "es")}
+    table = data.read_table(folder / "small" / "subjects.csv", ["id"])
 
     def repeated(subjects):
         splits = np.repeat(data.SPLITS, [subjects * share // 100 for share in (70, 15, 15)])
         for k, split in enumerate(splits):
             one = {name: array[k % len(array)] for name, array in arrays.items()}
-            yield one | {"warnings": [], "row": {"id": str(k), "split": split}}
+            row = table[k % len(table)] | {"id": str(k), "split": split}
+            yield one | {"warnings": [], "row": row}
 
     for subjects in {case[1] for case in CASES}:
         cohort, source = folder / str(subjects), {"kind": "test"}
-        data.write_cohort(cohort, repeated(subjects), [], data.GRID, data.SPACING_MM, source)
+        columns, made = data.SYNTHETIC_COLUMNS, repeated(subjects)
+        data.write_cohort(cohort, made, columns, data.GRID, data.SPACING_MM, source)
     return rate
 
 

@@ -45,6 +45,12 @@ def test_functions_that_the_readme_names_exist(script):
         assert name.split(".")[-1] in known, name
 
 
+@pytest.mark.parametrize("script", ["data", "models", "loss", "train", "evaluate"])
+def test_the_readme_knows_how_long_each_file_is(script):
+    told = int(re.search(rf"\| `{script}\.py` \| ([\d,]+) \|", TEXT)[1].replace(",", ""))
+    assert (ROOT / f"{script}.py").read_text().count("\n") == pytest.approx(told, rel=0.05)
+
+
 def test_pictures_are_there_and_small():
     pictures = re.findall(r"\]\((assets/[^)]+)\)", TEXT)
     assert pictures
