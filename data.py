@@ -397,9 +397,10 @@ def read_pair(row):
         to_es = np.linalg.inv(other["affine"]) @ stack["affine"]  # ED voxel -> ES voxel
         # mode "constant" would blacken slices at the edge
         how = {"output_shape": ed.shape, "order": 1, "mode": "grid-constant"}
-        covered = ndimage.affine_transform(np.ones_like(es), to_es[:3], **how).mean()
-        why = f"covers {covered:.0%} of ED by its affine; correct the header of one of them"
-        require(covered > 0.5, row["es"], why)
+        covered = ndimage.affine_transform(np.ones_like(es), to_es[:3], **how).sum()
+        possible = min(ed.size, es.size / abs(np.linalg.det(to_es)))  # ES may be cropped
+        why = f"meets {covered / possible:.0%} of ED by its affine; correct one of the headers"
+        require(covered > 0.5 * possible, row["es"], why)
         es = ndimage.affine_transform(es, to_es[:3], **how)
     return {"stack": stack, "ed": ed, "es": es, "warnings": []}
 
@@ -532,9 +533,10 @@ def read_table(path, required):
     require(len(rows) > 1, path, "has a header but no rows; add one row a subject")
     table, seen = [], {}
     for line, cells in rows[1:]:
-        if comma == ";":  # where 120,5 is a number
-            cells = [re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", cell) for cell in cells]
-        row = dict.fromkeys(columns, "") | dict(zip(columns, cells, strict=False)) | {"line": line}
+        row = dict.fromkeys(columns, "") | dict(zip(columns, cells, strict=False))
+        for name in {*columns} - {"id", *FILES} if comma == ";" else ():  # where 120,5 is a number
+            row[name] = re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", row[name])
+        row["line"] = line
         if len(cells) != len(columns):
             row["wrong"] = f"line {line} has {len(cells)} cells, not {len(columns)}; even them"
         elif not row["id"]:
@@ -715,7 +717,7 @@ def collect(prepared, files):
 
 @contextmanager
 def alone(folder):
-    """Others that make a cohort in the same place wait; whoever is killed leaves no lock behind."""
+    """One at a time makes cohorts beside `folder`; whoever is killed leaves no lock behind."""
     place = Path(os.path.realpath(folder)).parent
     with explain(folder, UNWRITABLE, OSError):
         place.mkdir(parents=True, exist_ok=True)
@@ -858,9 +860,10 @@ def find_cohort(data=None):
             state.update(str([(file.st_size, file.st_mtime_ns) for file in found]).encode())
         name = f"{Path(data).stem}-{state.hexdigest()[:8]}"
         folder, make = Path("cohorts") / name, partial(prepare, data)
-    with alone(folder):
-        if not folder.exists():
-            make(folder)
+    if not folder.exists():
+        with alone(folder):
+            if not folder.exists():  # another process may have made it meanwhile
+                make(folder)
     return open_cohort(folder)
 
 
@@ -1420,6 +1423,7 @@ def main():
     if args.command == "check":
         return 2 if prepare(args.manifest, None, mains_hz=args.mains, **common) else 0
     if args.command == "prepare":
+        require_file(args.manifest)
         with alone(args.folder):
             prepare(args.manifest, args.folder, mains_hz=args.mains, **common)
     elif args.command == "synthesize":

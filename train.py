@@ -363,7 +363,7 @@ def draw_curves(args, cohort, log):
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     title = f"{args.out} ({cohort['source']['kind']} cohort)"
-    figure.suptitle(title.replace("$", r"\$"))  # two would enclose a formula
+    figure.suptitle(title, parse_math=False)  # two $ would enclose a formula
     left, right = figure.subplots(1, 2)
     names = {"total": "total", "ecg_ed": "ECG–ED", "ecg_es": "ECG–ES", "ed_es": "ED–ES"}
     names |= {"val_total": "total, validation"}

@@ -296,7 +296,7 @@ NIFTI = {
         bad_image(ES[:, 4:, 4:], "es"),
         "is not ED's",
     ),
-    "ES elsewhere by its affine": (es_elsewhere, "covers 0% of ED"),
+    "ES elsewhere by its affine": (es_elsewhere, "meets 0% of ED"),
     "ED and ES identical": (lambda f: {"es": "good_ed.nii.gz"}, "same image"),
     "missing file": (lambda f: {"es": "nowhere.nii.gz"}, "does not exist"),
     "a folder": (lambda f: (f / "d.nii").mkdir() or {"es": "d.nii"}, "is a folder"),
@@ -679,6 +679,30 @@ def test_death_between_the_two_renamings_is_repaired(tmp_path, capsys):
         write_small(tmp_path / "c", 3, OSError("disk"))
     assert "interrupted run" in capsys.readouterr().err
     assert len(data.open_cohort(tmp_path / "c")["ids"]) == 3
+
+
+def test_what_a_terminal_cannot_show_does_not_stop_the_report(tmp_path):
+    row = write_subject(tmp_path, "good") | {"id": "Łuk", "ecg": "nowhere.xml"}
+    command = [sys.executable, ROOT / "data.py", "check", write_manifest(tmp_path, [row])]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=ascii_only, capture_output=True, text=True)
+    assert done.returncode == 2 and "rejected ?uk: " in done.stdout, done.stderr
+
+
+def test_prepare_without_a_manifest_leaves_no_folder(command, tmp_path):
+    code, _, _ = command(data.main, "prepare", tmp_path / "nowhere.csv", tmp_path / "p" / "q")
+    assert code == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_prepare_waits_for_another_process(tmp_path):
+    manifest = write_manifest(tmp_path, [write_subject(tmp_path, "good")])
+    command = [sys.executable, ROOT / "data.py", "prepare", manifest, tmp_path / "c"]
+    with data.alone(tmp_path / "c"):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert "waiting for another process" in process.stderr.readline()
+        assert not (tmp_path / "c").exists()
+    assert process.communicate(timeout=60) and process.returncode == 0
+    assert (tmp_path / "c").is_dir()
 
 
 def test_a_cohort_behind_a_link_stays_there(tmp_path):

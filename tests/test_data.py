@@ -246,6 +246,16 @@ def test_phases_on_different_grids_meet_through_their_affines(tmp_path):
     assert np.abs(phases["es"][:, 3:, 5:] - es[:, 3:, 5:]).max() < 0.1
 
 
+def test_an_es_that_is_cropped_to_the_heart_meets_its_ed(tmp_path):
+    ed, es = (np.pad(v, ((0, 0), (30, 30), (30, 30)), mode="edge") for v in heart_volumes())
+    write_nifti(tmp_path / "ed.nii", ed, affine=oblique())
+    shifted = oblique()
+    shifted[:3, 3] += shifted[:3, :3] @ [30, 30, 0]
+    write_nifti(tmp_path / "es.nii", es[:, 30:-30, 30:-30], affine=shifted)
+    phases = data.read_phases({"ed": tmp_path / "ed.nii", "es": tmp_path / "es.nii"})
+    assert np.abs(phases["es"] - es)[:, 31:-31, 31:-31].max() < 0.1
+
+
 @pytest.mark.parametrize("placed", ["ed", "es"])
 def test_a_phase_without_an_affine_lies_in_its_file_as_the_other_does(tmp_path, placed):
     """So that neither is mirrored against the other."""
@@ -468,8 +478,9 @@ def test_manifest_keeps_leading_zeros_and_sorts_columns_by_kind(tmp_path):
 
 def test_a_table_as_a_german_excel_writes_it(tmp_path):
     path = tmp_path / "m.csv"
-    path.write_text("id;ecg;ed;es;LVEDV_ml;bulk;;\n1;a,1;b;c;120,5;1_20209_2_0;;\n")
+    path.write_text("id;ecg;ed;es;LVEDV_ml;bulk;;\n1,5;a,1;b;c;120,5;1_20209_2_0;;\n")
     manifest = data.read_manifest(path)
+    assert Path(manifest["rows"][0]["ecg"]).name == "a,1" and manifest["rows"][0]["id"] == "1,5"
     assert manifest["columns"] == ["LVEDV_ml"] and "bulk" in manifest["ignored"]
     assert manifest["rows"][0]["LVEDV_ml"] == "120.5" and "wrong" not in manifest["rows"][0]
 

@@ -379,7 +379,7 @@ def test_what_train_cannot_teach_does_not_choose_for_the_supervised_encoder(coho
     columns = {name: cohort["columns"][name].copy() for name in ("LVEDV_ml", "LVM_g")}
     for column in columns.values():
         column[rows["val"]] = np.nan
-    columns["scar_g"] = 1.0 * np.isin(np.arange(64), rows["val"])
+    columns["scar_g"] = 1e-6 * np.isin(np.arange(64), rows["val"])
     strange = cohort | {"columns": columns, "phenotypes": [*columns], "outcomes": []}
     found = evaluate.train_supervised(strange, rows, torch.device("cpu"), 0, rates=(3e-3,))
     for k, name in enumerate(("LVEDV_ml", "LVM_g")):
@@ -474,7 +474,7 @@ SMALL = {
     ),
     "missing values": (30, lambda t: [r | {"LVEF_pct": "", "age": ""} if k % 3 else r
                                       for k, r in enumerate(t)]),
-    "strange names": (30, lambda t: [row | {"a|b_$x$_ml": row["LVM_g"],
+    "strange names": (30, lambda t: [row | {"a|b_$\\y$_ml": row["LVM_g"],
                                             "rare_g": "0" if row["split"] == "train" else str(k)}
                                      for k, row in enumerate(t)]),
     "one class": (30, lambda t: [row | {"heart_failure": "0", "hypertension": "1"} for row in t]),
@@ -500,10 +500,10 @@ def test_small_cohorts_do_not_crash(cohort_folder, tmp_path, monkeypatch, capsys
         assert metrics["runs"]["es"]["outcomes"].keys() <= {"atrial_fibrillation"}
         assert "heart_failure: left out" in told
     if case == "strange names":
-        assert "a|b_$x$_ml" in metrics["runs"]["es"]["probe"] and "rare_g: left out" in told
+        assert "a|b_$\\y$_ml" in metrics["runs"]["es"]["probe"] and "rare_g: left out" in told
         table = [line.replace("\\|", "") for line in (run / "eval" / "table.md").open()]
         table = [
-            line.count("|") for line in table if "b_$x$_ml" in line or line.startswith("| R² ")
+            line.count("|") for line in table if "b_$\\y$_ml" in line or line.startswith("| R² ")
         ]
         assert table[0] == table[1]
     if case == "no covariates":
