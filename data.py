@@ -1358,13 +1358,14 @@ def keep_memory():
     """Have glibc keep freed memory for the next step; other systems' allocators are left alone.
 
     Otherwise each step returns its activations to the system and has them zeroed and mapped anew:
-    a quarter of the time on two cores. The parameters are those of `man 3 mallopt`.
+    a quarter of the time on two cores. Images of a whole batch (over 8 MB) do go back at once, as
+    they would leave holes in what is kept. The parameters are those of `man 3 mallopt`.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    for parameter, value in ((-1, 2**31 - 1), (-3, 2**30), (-8, 1)):  # M_TRIM_THRESHOLD,
+    for parameter, value in ((-1, 2**31 - 1), (-3, 2**23), (-8, 1)):  # M_TRIM_THRESHOLD,
         mallopt(parameter, value)  # M_MMAP_THRESHOLD, M_ARENA_MAX: one heap for all threads
 
 
