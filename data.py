@@ -532,9 +532,10 @@ def read_table(path, required):
     require(len(set(named)) == len(named), path, why)
     require(len(rows) > 1, path, "has a header but no rows; add one row a subject")
     table, seen = [], {}
+    numeric = {*columns} - {"id", *FILES} if comma == ";" else ()  # may be written as 120,5
     for line, cells in rows[1:]:
         row = dict.fromkeys(columns, "") | dict(zip(columns, cells, strict=False))
-        for name in {*columns} - {"id", *FILES} if comma == ";" else ():  # where 120,5 is a number
+        for name in numeric:
             row[name] = re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", row[name])
         row["line"] = line
         if len(cells) != len(columns):
@@ -573,11 +574,11 @@ def read_manifest(path):
         if "wrong" not in row:
             bad = next((name for name in columns if number(row[name]) is None), None)
             split, sex = row.get("split"), row.get("sex")
-            sexed = number(sex) in (0, 1, None) or np.isnan(number(sex))
+            valid_sex = number(sex) in (0, 1, None) or np.isnan(number(sex))
             cmr = row.get("cine") or (row.get("ed") and row.get("es"))
             rules = (
                 (bad is None, f"{bad} '{row.get(bad)}' is not a number; correct or empty the cell"),
-                (sexed, f"sex '{sex}' must be 0 (female) or 1 (male)"),
+                (valid_sex, f"sex '{sex}' must be 0 (female) or 1 (male)"),
                 (not split or split in SPLITS, f"split '{split}' must be train, val or test"),
                 (row["ecg"] and cmr, "names no ECG or no pair of ED and ES (or cine); fill it in"),
             )
@@ -1424,7 +1425,7 @@ def main():
     if args.command == "check":
         return 2 if prepare(args.manifest, None, mains_hz=args.mains, **common) else 0
     if args.command == "prepare":
-        require_file(args.manifest)
+        require_file(args.manifest)  # before `alone` makes the folder above the cohort's
         with alone(args.folder):
             prepare(args.manifest, args.folder, mains_hz=args.mains, **common)
     elif args.command == "synthesize":

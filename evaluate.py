@@ -365,13 +365,12 @@ def label_curve(encoders, cohort, rows, counts, device, seed):
     encoders: {method: features (N, D)}. Mean and spread of 10 draws of n labels, or 3 for the
     supervised encoder, trained anew on each. "all": the whole training and validation splits.
     """
-    curve, one = {}, np.ones((1, len(rows["test"])))
+    curve, one, known = {}, np.ones((1, len(rows["test"]))), labelled(cohort, rows["train"])
     for count in counts:
         scores, rates = {}, RATES
         for draw in range(1 if count == "all" else 10):
             chosen, features = rows, dict(encoders)
             if count != "all":
-                known = labelled(cohort, rows["train"])
                 chosen = rows | draw_labels(known, int(count), [seed, int(count), draw])
                 if features.pop("supervised", None) is not None and draw < 3:
                     tell(f"supervised on {count} labels, draw {draw + 1} of 3")
@@ -677,8 +676,8 @@ def main():
     if args.predict:
         predict(runs[first], cohort, rows, args.predict, device)
         return 0
+    most = len(labelled(cohort, rows["train"]))
     for count in args.labels:
-        most = len(labelled(cohort, rows["train"]))
         possible = count == "all" or count.isdecimal() and 20 <= int(count) <= most
         why = f"{count} is neither all nor a number from 20 to the {most} training subjects"
         data.require(possible, "--labels", f"{why} with a phenotype")

@@ -32,6 +32,7 @@ def main():
     simulated = list(data.in_parallel(simulate, range(SUBJECTS), None, "simulating"))
     columns = {n: np.array([one["heart"][n] for one in simulated]) for n in data.PHENOTYPES}
     cohort = {"columns": columns, "phenotypes": data.PHENOTYPES, "outcomes": []}
+    cohort["spacing_mm"] = data.SPACING_MM
     split = np.array([data.split_of(f"{subject:06d}") for subject in range(SUBJECTS)])
     rows = {name: np.flatnonzero(split == name) for name in data.SPLITS}
     with tempfile.TemporaryDirectory() as name:

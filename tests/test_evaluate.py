@@ -5,6 +5,7 @@ import json
 import pickle
 from functools import partial
 
+import calibrate
 import numpy as np
 import pytest
 import torch
@@ -385,6 +386,12 @@ def test_what_train_cannot_teach_does_not_choose_for_the_supervised_encoder(coho
     for k, name in enumerate(("LVEDV_ml", "LVM_g")):
         output, y = found["outputs"][rows["train"], k], columns[name][rows["train"]]
         assert np.corrcoef(output, y)[0, 1] > 0.9
+
+
+def test_the_calibration_by_hand_still_runs(monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "SUBJECTS", 40)
+    calibrate.main()
+    assert "| LVM_g | " in capsys.readouterr().out
 
 
 def test_labels_are_drawn_among_the_labelled(cohort, monkeypatch):
