@@ -1,22 +1,22 @@
-"""Freeze a trained ECG encoder and ask what it knows of the heart.
+"""Freeze trained ECG encoders and measure, with linear probes, what they know of the heart.
 
-    python evaluate.py runs/dual                     # probe, retrieval; writes runs/dual/eval/
-    python evaluate.py runs/dual runs/ed runs/es --supervised --labels 50 100 250 500 1000 all
-    python evaluate.py runs/dual --predict new.csv   # phenotypes of new ECGs (columns id, ecg)
+    python evaluate.py runs/dual                      # writes runs/dual/eval/
+    python evaluate.py runs/dual runs/ed2d --supervised --labels 50 100 250 500 all
+    python evaluate.py runs/dual --predict new.csv    # phenotypes of new ECGs (columns id, ecg)
 
-Probes are linear: ridge for phenotypes, L2 logistic regression for outcomes, on the features before
-the head, standardised on training subjects. Their strength alpha is chosen on validation subjects;
-test subjects give the score, with a bootstrap over them for 95 % intervals.
+Probes are fitted on training subjects, their penalty is chosen on validation subjects, and test
+subjects give the score with a 95 % bootstrap interval.
 """
 
 import argparse
-import copy
 import json
 import re
 import sys
 import warnings
 from collections import defaultdict
+from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib
@@ -30,712 +30,927 @@ import data
 import loss
 import models
 
-ALPHAS = 10.0 ** np.arange(-1, 5.5, 0.5)
-RATES = (1e-3, 3e-3)  # learning rates among which the supervised opponent chooses
-DIRECTIONS = ("ecg_to_ed", "ecg_to_es", "ed_to_ecg", "es_to_ecg", "ed_to_es")
-FIGURES = ("probe", "latents", "scatter", "labels", "gallery")
-matplotlib.rcParams["text.parse_math"] = False  # two $ in a name are no formula
-# Safe for colour-blind readers (Okabe, Ito), for nine methods.
-COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #999999 #000000 #F0E442".split()
+ALPHAS = 10.0 ** np.arange(-1, 5.5, 0.5)  # penalties to choose from
+GROUPS = ("structural", "functional", "all")  # of phenotypes
+TOP_K = (1, 5, 10)  # recall@k
+FEWEST_LABELS = 20  # in the label curve, and on validation for a prediction interval
+LABEL_DRAWS = 10  # of n labels, in the label curve
+SUPERVISED_DRAWS = 3  # fewer, as each trains an encoder
+SUPERVISED_LR = 3e-3
+RECORD = ("labels", "draw", "method", "target", "r2")  # of the label curve, in labels.csv
+CURVE_BASELINES = ("covariates", "random_encoder", "supervised")
+TAKEN_NAMES = {"mean", "covariates", "random_encoder", "supervised", "id", "split", "file"}
+# Safe for colour-blind readers (Okabe and Ito).
+COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #F0E442 #000000 #999999".split()
+MARKERS = "osD^vP*X<"
+
+matplotlib.rcParams["text.parse_math"] = False  # two $ in a column's name are no formula
 
 
-def tell(text):
-    """Progress and what is left out go to stderr, so that stdout holds results alone."""
+def note(text):
+    """Progress and what is left out go to stderr: stdout holds results alone."""
     print(f"... {text}", file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------- frozen features
+# ---------------------------------------------------------------- runs and their frozen features
+
+
+@dataclass
+class Run:
+    """A trained model."""
+
+    name: str
+    folder: Path
+    model: models.DualPhase
+    cohort_folder: str  # that it was trained on
+    fingerprint: str  # of that cohort
+    embeddings: dict = None  # {"ecg" and each view: (N, 128) unit vectors}
+
+
+@dataclass
+class Method:
+    """What is probed: a named feature matrix, and what the probe finds.
+
+    Kinds: "run", the ECG encoder of a run ("dual"); "latent", an image encoder of it ("dual.ed");
+    "baseline", all else.
+    """
+
+    name: str  # key in metrics.json and features.npz
+    kind: str
+    run: str  # name of the run, "" for baselines
+    features: np.ndarray  # (N, D)
+    scores: "Scores" = None
 
 
 def load_run(folder):
-    """A run folder's best model: dict(name, folder, model, args, cohort (fingerprint), grid)."""
+    """The best model of a run folder. Raises InputError where there is none or it is damaged."""
     path = Path(folder) / "best.pt"
-    why = "holds no trained run (no best.pt); train one with train.py"
-    data.require(path.is_file(), folder, why)
-    why = "is damaged or not of this code's architecture ({error.__class__.__name__}); train again"
-    with data.explain(path, why), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
-        model = models.DualPhase(saved["args"]["phases"])
+    rule = "holds no trained run (no best.pt); train one with train.py"
+    data.require(path.is_file(), folder, rule)
+    name = path.parent.resolve().name
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            saved = torch.load(path, map_location="cpu", weights_only=True)  # no foreign code
+        model = models.build(argparse.Namespace(**saved["args"]))
         model.load_state_dict(saved["model"])
-        run = {"args": saved["args"], "cohort": saved["cohort"], "grid": saved.get("grid")}
-    return run | {"name": path.parent.resolve().name, "folder": path.parent, "model": model}
+        return Run(name, path.parent, model, saved["args"]["data"], saved["cohort"])
+    except Exception as error:  # torch.load raises whatever the damage leads to
+        rule = f"is damaged or of another architecture ({type(error).__name__}); train again"
+        raise data.InputError(path, rule) from None
 
 
 def choose_cohort(path, runs):
-    """The cohort to evaluate on; one that has another grid than a run was trained on is refused."""
-    wanted = path or runs[0]["args"]["data"]
-    why = f"was trained on {wanted}, which is not here; name a cohort with --data"
-    data.require(path or Path(wanted).exists(), runs[0]["folder"], why)
-    cohort = data.find_cohort(wanted)
+    """The cohort at path, else the first run's. Warns of runs that were trained on another one."""
+    cohort = data.find_cohort(path or runs[0].cohort_folder)
     for run in runs:
-        grid, own = [*(run["grid"] or cohort["grid"])], [*cohort["grid"]]
-        why = f"has a grid of {own} voxels but {run['folder']} was trained on {grid}"
-        data.require(grid == own, cohort["folder"], f"{why}; prepare it with --grid")
-        if run["cohort"] != cohort["fingerprint"]:
-            former = run["args"]["data"]
-            tell(f"{run['folder']} was trained on another cohort ({former}) or an older")
-            tell(f"state of it; its training subjects may be test subjects of {cohort['folder']}")
+        if run.fingerprint != cohort.fingerprint:
+            text = f"warning: {run.folder} was trained on another cohort ({run.cohort_folder})"
+            note(f"{text}; its training subjects may be test subjects here")
     return cohort
 
 
-def batches(cohort, rows, device, names):
-    """Batches of at most 128 rows, without augmentation, read ahead."""
-    parts = np.array_split(rows, max(1, -(-len(rows) // 128)))
-    return data.read_ahead(partial(data.read_batch, cohort, device=device, names=names), parts)
+def frozen_features(model, cohort, names, device):
+    """Features of all subjects {name: (N, D) array} from the inputs in `names` ("ecg", "ed", …).
+
+    Raises RuntimeError when a parameter or buffer changes meanwhile: frozen means frozen.
+    """
+    model.to(device)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dataset = data.CohortDataset(cohort, names)
+    batches = data.plain_batches(dataset, np.arange(len(cohort.ids)), device)
+    features = models.extract_features(model, batches)
+    for name, tensor in model.state_dict().items():
+        if not torch.equal(tensor, before[name]):
+            raise RuntimeError(f"{name} of the frozen model changed while it was evaluated")
+    for name, values in features.items():
+        data.require(values.isfinite().all(), name, "features are not finite; train again")
+    return {name: values.numpy() for name, values in features.items()}
 
 
 @torch.no_grad()
-def extract(model, cohort, device, names=("ecg", "ed", "es")):
-    """Every subject seen by a frozen model: dict(features, embeddings), each {name: (N, 128)}.
+def methods_of_run(run, cohort, device):
+    """The ECG encoder, each latent, and ED and ES side by side. Fills in run.embeddings."""
+    features = frozen_features(run.model, cohort, run.model.inputs, device)
+    tensors = {name: torch.from_numpy(values) for name, values in features.items()}
+    run.embeddings = run.model.cpu().embed(tensors)
 
-    names: what is read of each subject. Features are numpy arrays, embeddings tensors on the CPU.
-    Frozen means frozen: a parameter or buffer that changes meanwhile is an error.
-    """
-    model = model.to(device).eval()  # in training mode, batch statistics would drift
-    before = copy.deepcopy(model.state_dict())
-    names = [name for name in names if name in model.encoders]  # others would be read for nothing
-    count = len(cohort["ids"])
-    stream = batches(cohort, np.arange(count), device, names)
-    features = models.encode_all(model, stream, count)
-    embeddings = {name: x.cpu() for name, x in model.embed(features).items()}
-    if any(not torch.equal(before[key], value) for key, value in model.state_dict().items()):
-        raise RuntimeError("the frozen encoder changed while features were extracted")
-    finite = all(x.isfinite().all() for x in features.values())
-    data.require(finite, "best.pt", "gives features that are not finite; train again")
-    arrays = {name: x.cpu().numpy() for name, x in features.items()}
-    return {"features": arrays, "embeddings": embeddings}
+    methods = [Method(run.name, "run", run.name, features["ecg"])]
+    for view in run.model.views:
+        methods.append(Method(f"{run.name}.{view}", "latent", run.name, features[view]))
+    if set(data.PHASES) <= set(run.model.views):
+        both = np.hstack([features[phase] for phase in data.PHASES])
+        methods.append(Method(f"{run.name}.{'+'.join(data.PHASES)}", "latent", run.name, both))
+    return methods
 
 
-# ---------------------------------------------------------------- probes and scores
+def make_baselines(first, cohort, indices, args, device):
+    """What runs must beat. first: the method that also stands beside the covariates."""
+    matrices = {"mean": np.zeros((len(cohort.ids), 1))}
+    if cohort.covariates:
+        covariates = np.column_stack([cohort.columns[name] for name in cohort.covariates])
+        covariates = np.nan_to_num(standardise(covariates, indices["train"]))  # nan: the mean
+        matrices["covariates"] = covariates
+        matrices[f"covariates+{first.name}"] = np.hstack([covariates, first.features])
+    torch.manual_seed(args.seed)
+    untrained = models.build(argparse.Namespace(views=[], slices=data.GRID[0]))
+    matrices["random_encoder"] = frozen_features(untrained, cohort, ("ecg",), device)["ecg"]
+    if args.supervised:
+        note("supervised training on all labels")
+        matrices["supervised"] = train_supervised(cohort, indices, args.seed, device)
+    return [Method(name, "baseline", "", matrix) for name, matrix in matrices.items()]
+
+
+# ---------------------------------------------------------------- linear probes
+# Written out, as the design card has no scikit-learn.
 
 
 def ridge(x, y, alphas):
-    """Weights and intercept, last, (D + 1, alphas), of the least squares + alpha |w|^2.
+    """Minimise |y - xw - b|² + alpha |w|²: weights (D + 1, alphas), the intercept b last.
 
-    w = (X'X + alpha I)^-1 X'y with X and y centred, for which one eigh serves all alphas.
+    With centred x and y, w = (x'x + alpha)^-1 x'y. One x'x = V diag(e) V' serves all alphas, as
+    then w = V diag(1 / (e + alpha)) V'x'y.
     """
-    center = x.mean(0)
-    values, vectors = np.linalg.eigh((x - center).T @ (x - center))
-    target = vectors.T @ ((x - center).T @ (y - y.mean()))
-    weights = vectors @ (target[:, None] / (values.clip(0)[:, None] + alphas))
-    return np.vstack([weights, y.mean() - center @ weights])
+    centred = x - x.mean(0)  # (n, D)
+    eigenvalues, vectors = np.linalg.eigh(centred.T @ centred)
+    eigenvalues = eigenvalues.clip(0)[:, None]  # rounding can make them negative
+    target = vectors.T @ (centred.T @ (y - y.mean()))[:, None]  # (D, 1)
+    weights = vectors @ (target / (eigenvalues + alphas))  # (D, alphas)
+    return np.vstack([weights, y.mean() - x.mean(0) @ weights])
 
 
 def logistic(x, y, alphas):
-    """Weights, intercept last, (D + 1, alphas), of the least sum of log losses + alpha/2 |w|^2.
+    """Minimise the sum of log losses + alpha/2 |w|²: weights (D + 1, alphas), the intercept last.
 
-    Newton's method, from strong to weak alphas, each starting where the last one ended.
+    Newton's method, from strong to weak penalties, each starting where the last one ended.
     """
-    x, found = np.column_stack([x, np.ones(len(x))]), {}
-    weights = np.append(np.zeros(x.shape[1] - 1), special.logit(y.mean()))
-    for alpha in sorted(alphas, reverse=True):
-        penalty = np.append(np.full(x.shape[1] - 1, alpha), 1e-9)  # the intercept goes free
+    x = np.column_stack([x, np.ones(len(x))])  # (n, D + 1)
+    weights = np.zeros(x.shape[1])
+    weights[-1] = special.logit(y.mean())
+    solutions = np.empty((x.shape[1], len(alphas)))
+    for k in np.argsort(-alphas):
+        penalty = np.full(x.shape[1], alphas[k])
+        penalty[-1] = 1e-9  # the intercept goes free
         for _ in range(30):
-            p = special.expit(x @ weights)
-            half = x * np.sqrt(p * (1 - p))[:, None]
-            slope, curve = x.T @ (p - y) + penalty * weights, half.T @ half + np.diag(penalty)
-            step = np.linalg.solve(curve, slope)
-            weights = weights - step / max(1, np.abs(step).max())  # none moves by more than 1
-            if np.abs(step).max() < 1e-4:  # the error left is about its square
+            p = special.expit(x @ weights)  # (n,)
+            root = x * np.sqrt(p * (1 - p))[:, None]
+            hessian = root.T @ root + np.diag(penalty)
+            step = np.linalg.solve(hessian, x.T @ (p - y) + penalty * weights)
+            largest = np.abs(step).max()
+            weights = weights - step / max(1, largest)  # no weight moves by more than 1
+            if largest < 1e-4:  # the error left is about its square
                 break
-        found[alpha] = weights
-    return np.stack([found[alpha] for alpha in alphas], 1)
+        solutions[:, k] = weights
+    return solutions
 
 
 def standardise(x, train):
-    """Zero mean and unit spread over the training split, labelled or not, as ECGs are known there.
-
-    Over a few labelled subjects alone, features that are nearly constant among them would explode.
-    """
-    if len(train) == 0:
-        return x
-    mean, std = x[train].mean(0, dtype=float), x[train].std(0, dtype=float)
+    """Columns of (N, D) with mean 0 and spread 1 over the training subjects; nan stays nan."""
+    known = np.ma.masked_invalid(x[train])
+    mean = known.mean(0, dtype=float).filled(0)
+    std = known.std(0, dtype=float).filled(0)
     return (x - mean) / np.where(std > 1e-9, std, 1)
 
 
-def fit(x, y, rows, binary):
-    """Probe standardised x (N, D) for y (N,), nan where unknown: looks at train and val alone.
+def labelled(y, indices):
+    """Those of the indices whose label is known."""
+    return indices[~np.isnan(y[indices])]
 
-    Returns dict(prediction (N,), in y's unit or a probability; alpha, best on val by squared error
-    or log loss (100 without val); mean of y on train), or None with fewer than 3 training labels or
-    a single value of them.
+
+def can_be_probed(y, indices):
+    """Whether each split knows 3 labels, and train and test more than one value of them."""
+    known = {split: y[labelled(y, indices[split])] for split in data.SPLITS}
+    enough = all(len(values) >= 3 for values in known.values())
+    return enough and np.ptp(known["train"]) > 0 and np.ptp(known["test"]) > 0
+
+
+def fit_probe(x, y, indices, binary):
+    """Predictions (N,) of y (N,), nan where unknown, by standardised x (N, D); and their alpha.
+
+    Fitted on train. alpha has the lowest squared error, or log loss, on val.
     """
-    train, val = (rows[name][~np.isnan(y[rows[name]])] for name in ("train", "val"))
-    if len(train) < 3 or np.ptp(y[train]) == 0:
-        return None
-    weights = (logistic if binary else ridge)(x[train], y[train], ALPHAS)
-    z = x @ weights[:-1] + weights[-1]  # (N, alphas)
-    errors = np.square(z[val] - y[val, None])
+    train = labelled(y, indices["train"])
+    val = labelled(y, indices["val"])
+    solve = logistic if binary else ridge
+    weights = solve(x[train], y[train], ALPHAS)
+    outputs = x @ weights[:-1] + weights[-1]  # (N, alphas)
+    val_labels = y[val][:, None]  # (n_val, 1)
     if binary:
-        errors = np.logaddexp(0, z[val] * (1 - 2 * y[val, None]))
-    best = int(errors.mean(0).argmin()) if len(val) else len(ALPHAS) // 2  # 100: a medium choice
-    prediction = special.expit(z[:, best]) if binary else z[:, best]
-    return {"prediction": prediction, "alpha": float(ALPHAS[best]), "mean": y[train].mean()}
+        errors = np.logaddexp(0, outputs[val] * (1 - 2 * val_labels))
+    else:
+        errors = np.square(outputs[val] - val_labels)
+    best = errors.mean(0).argmin()
+    predictions = special.expit(outputs[:, best]) if binary else outputs[:, best]
+    return predictions, ALPHAS[best]
 
 
-def resamples(n, count, seed):
-    """How often each of n subjects counts, (1 + count, n): once each, then bootstrap samples."""
-    if n == 0:
-        return np.ones((1 + count, 0))
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=count)
+# ---------------------------------------------------------------- scores
+
+
+@dataclass
+class Scores:
+    """What a probe reads from one feature matrix. Samples are scores on B resamples of test."""
+
+    metrics: dict  # {target: {"r2" or "auroc", "r2_ci", …}}
+    groups: dict  # {group: {"r2", "r2_ci"}}, the mean over its phenotypes
+    samples: dict  # {target or group: (1 + B,)}, first the score on test itself
+    predictions: dict  # {target: (N,)}
+
+
+def bootstrap_counts(n, resamples, seed):
+    """How often each of n test subjects counts (1 + B, n): once each, then as resampled.
+
+    All methods are scored with the same counts, so that differences between them are paired.
+    """
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
     return np.vstack([np.ones(n), drawn])
 
 
-def r2(y, prediction, mean, counts):
-    """R^2 against the training mean per row of counts: 1 - sum (y - p)^2 / sum (y - mean)^2."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return 1 - counts @ np.square(y - prediction) / (counts @ np.square(y - mean))
+def r2_samples(y, prediction, train_mean, counts):
+    """R² = 1 - Σ (y - p)² / Σ (y - train mean)² of test (n,) for each row of counts (1 + B, n)."""
+    residual = counts @ np.square(y - prediction)  # (1 + B,)
+    total = counts @ np.square(y - train_mean)
+    with np.errstate(invalid="ignore"):  # nan for resamples without a known label
+        return 1 - residual / total
 
 
-def auroc(y, score, counts):
-    """Area under the ROC curve per row of counts, ties counted half; nan without both classes."""
-    order = np.argsort(score)
-    ties = np.flatnonzero(np.append(True, np.diff(score[order]) != 0))  # where each level begins
-    weights = (counts[:, order] * (y[order] == k) for k in (1, 0))
-    positive, negative = (np.add.reduceat(weight, ties, axis=1) for weight in weights)
-    below = negative.cumsum(1) - negative / 2
-    with np.errstate(invalid="ignore"):
-        return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
+def auroc_samples(y, score, counts):
+    """Share of (positive, negative) pairs in the right order, for each row of counts (1 + B, n)."""
+    positive = y == 1
+    difference = score[positive][:, None] - score[~positive]  # (n+, n-)
+    right = (np.sign(difference) + 1) / 2  # ties count half
+    pairs_right = (counts[:, positive] @ right * counts[:, ~positive]).sum(1)  # (1 + B,)
+    pairs = counts[:, positive].sum(1) * counts[:, ~positive].sum(1)
+    with np.errstate(invalid="ignore"):  # nan for resamples of one class
+        return pairs_right / pairs
 
 
 def average_precision(y, score):
     """Area under the precision-recall curve: mean precision at each positive, ties together."""
     order = np.argsort(-score)
-    last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
-    hits = y[order].cumsum()[last]
-    return float((np.diff(hits, prepend=0) * hits / (last + 1)).sum() / hits[-1])
+    last_of_tie = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
+    hits = y[order].cumsum()[last_of_tie]
+    precision = hits / (last_of_tie + 1)
+    return (np.diff(hits, prepend=0) * precision).sum() / hits[-1]
 
 
-def summary(samples, name, interval="{}_ci"):
-    """Row 0 of samples is the value itself: {name: value, name_ci: 95 % bootstrap interval}."""
-    ci = [float(end) for end in np.nanpercentile(samples, [2.5, 97.5])]
-    return {name: float(samples[0]), interval.format(name): ci}
+def interval(samples):
+    """95 % bootstrap interval [low, high]."""
+    return np.nanpercentile(samples, [2.5, 97.5]).tolist()
 
 
-def groups(names):
-    """Phenotypes of size and of contraction (stroke and end-systolic volumes, EF), by name."""
-    functional = [n for n in names if re.search(r"(SV|EF|CO|STRAIN)(_|$)", n.upper())]
-    return {"structural": [n for n in names if n not in functional], "functional": functional}
+def score_phenotype(y, prediction, train_mean, counts):
+    """Metrics of a phenotype on test (n,), and its samples of R²."""
+    samples = r2_samples(y, prediction, train_mean, counts)
+    metrics = {"r2": samples[0], "r2_ci": interval(samples)}
+    varies = np.ptp(prediction) > 0
+    metrics["pearson"] = np.corrcoef(y, prediction)[0, 1] if varies else 0.0
+    metrics["mae"] = np.abs(y - prediction).mean()
+    return metrics, samples
 
 
-def probe(x, cohort, rows, counts, outcomes=True):
-    """Probe every target from standardised x (N, D); counts (samples, test) of resamples.
+def score_outcome(y, probability, counts):
+    """Metrics of an outcome on test (n,), and its samples of AUROC."""
+    samples = auroc_samples(y, probability, counts)
+    metrics = {"auroc": samples[0], "auroc_ci": interval(samples)}
+    metrics["auprc"] = average_precision(y, probability)
+    metrics["prevalence"] = y.mean()
+    return metrics, samples
 
-    outcomes: whether they are probed, too, not phenotypes alone.
-    Returns metrics under "probe", "groups" (mean R^2) and "outcomes", and per target its "samples"
-    and "predictions". Targets without labels enough to fit or to score are left out.
-    """
-    result = {"probe": {}, "groups": {}, "outcomes": {}, "samples": {}, "predictions": {}}
-    for target in cohort["phenotypes"] + cohort["outcomes"] * outcomes:
-        y, binary = cohort["columns"][target], target in cohort["outcomes"]
-        known = ~np.isnan(y[rows["test"]])
-        test, found = rows["test"][known], fit(x, y, rows, binary)
-        if found is None or len(test) < 3 or np.ptp(y[test]) == 0:
+
+def probe(x, cohort, indices, targets, counts):
+    """Scores of standardised x (N, D) for those targets that have labels enough."""
+    scores = Scores({}, {}, {}, {})
+    for target in targets:
+        y = cohort.columns[target]  # (N,)
+        if not can_be_probed(y, indices):
             continue
-        truth, p, about = y[test], found["prediction"][test], {"n_test": len(test)}
+        binary = target in cohort.outcomes
+        predictions, alpha = fit_probe(x, y, indices, binary)
+        known = ~np.isnan(y[indices["test"]])  # (n_test,)
+        test = indices["test"][known]
         if binary:
-            samples = auroc(truth, p, counts[:, known])
-            about |= {"auprc": average_precision(truth, p), "prevalence": float(truth.mean())}
+            metrics, samples = score_outcome(y[test], predictions[test], counts[:, known])
         else:
-            samples = r2(truth, p, found["mean"], counts[:, known])
-            about["pearson"] = float(np.corrcoef(truth, p)[0, 1]) if np.ptp(p) > 0 else 0.0
-            about["mae"] = float(np.abs(truth - p).mean())
-        about |= summary(samples, "auroc" if binary else "r2") | {"alpha": found["alpha"]}
-        result["outcomes" if binary else "probe"][target] = about
-        result["samples"][target], result["predictions"][target] = samples, found["prediction"]
-    for group, names in groups(result["probe"]).items():
-        if names:
-            result["samples"][group] = sum(result["samples"][name] for name in names) / len(names)
-            result["groups"][group] = summary(result["samples"][group], "r2")
-    return result
+            train_mean = y[labelled(y, indices["train"])].mean()
+            metrics, samples = score_phenotype(
+                y[test], predictions[test], train_mean, counts[:, known]
+            )
+        scores.metrics[target] = {**metrics, "n_test": len(test), "alpha": alpha}
+        scores.samples[target] = samples
+        scores.predictions[target] = predictions
+    for group, names in group_phenotypes(cohort.phenotypes).items():
+        group_samples = [scores.samples[name] for name in names if name in scores.samples]
+        if group_samples:
+            samples = np.mean(group_samples, axis=0)  # (1 + B,)
+            scores.samples[group] = samples
+            scores.groups[group] = {"r2": samples[0], "r2_ci": interval(samples)}
+    return scores
+
+
+def group_phenotypes(names):
+    """{group: names}. Functional: stroke and end-systolic volume, EF, cardiac output, strain."""
+    functional = [name for name in names if re.search("(SV|EF|CO|STRAIN)(_|$)", name.upper())]
+    structural = [name for name in names if name not in functional]
+    return {"structural": structural, "functional": functional, "all": names}
 
 
 def compare(a, b):
-    """Two probes on the same resampled test subjects: a - b per target, a / b - 1 per group."""
+    """a - b of two Scores for each target and group, and a / b - 1 for groups."""
+    table = {}
+    for name in a.samples:
+        if name in b.samples:
+            difference = a.samples[name] - b.samples[name]  # (1 + B,), on the same resamples
+            table[name] = {"difference": difference[0], "ci": interval(difference)}
+    for group in a.groups:
+        # A ratio to what may be 0 means nothing.
+        if group in b.groups and b.groups[group]["r2_ci"][0] > 0:
+            relative = a.samples[group] / b.samples[group] - 1
+            table[group]["relative"] = relative[0]
+            table[group]["relative_ci"] = interval(relative)
+    return table
 
-    def table(kind, name, change):
-        pairs = {k: (a["samples"][k], b["samples"][k]) for k in a[kind] if k in b[kind]}
-        if name == "relative":  # a ratio to what may be 0 means nothing
-            pairs = {k: pair for k, pair in pairs.items() if np.nanpercentile(pair[1], 2.5) > 0}
-        return {k: summary(change(*pair), name, "ci") for k, pair in pairs.items()}
 
-    return {
-        "paired": table("probe", "delta_r2", np.subtract),
-        "paired_outcomes": table("outcomes", "delta_auroc", np.subtract),
-        "relative": table("groups", "relative", lambda own, other: own / other - 1),
-    }
+def retrieval(embeddings, test):
+    """{"ecg_to_ed": metrics, "ed_to_ecg": …}: how one view finds its partner in the test split."""
+    directions = {}
+    for a, b in loss.PAIRS:
+        if a in embeddings and b in embeddings:
+            a_test = embeddings[a][test]
+            b_test = embeddings[b][test]
+            directions[f"{a}_to_{b}"] = score_ranks(loss.retrieval_ranks(a_test, b_test).numpy())
+            directions[f"{b}_to_{a}"] = score_ranks(loss.retrieval_ranks(b_test, a_test).numpy())
+    return directions
 
 
-def retrieval(embeddings, rows):
-    """recall@k, median rank and 95 % intervals over the whole test split, for every direction.
+def score_ranks(ranks):
+    """Median rank and recall@k of ranks (n,) among n, with exact 95 % intervals, beside chance."""
+    n = len(ranks)
+    metrics = {"n": n, "median_rank": np.median(ranks), "chance_rank": (n + 1) / 2}
+    metrics["median_rank_ci"] = [1, n]  # fewer than 6 ranks bound their median no better
+    if n >= 6:
+        ends = stats.quantile_test(ranks, q=n, p=0.5).confidence_interval(0.95)
+        metrics["median_rank_ci"] = [int(ends.low), int(ends.high)]
+    for k in TOP_K:
+        hits = int((ranks <= k).sum())
+        ends = stats.binomtest(hits, n).proportion_ci()  # a bootstrap of no hits would say [0, 0]
+        metrics[f"recall@{k}"] = hits / n
+        metrics[f"recall@{k}_ci"] = [ends.low, ends.high]
+        metrics[f"chance@{k}"] = min(k / n, 1)
+    return metrics
 
-    embeddings: {name: (N, D) unit vectors}; rows: those of test. Returns {direction: dict}, without
-    the directions of a phase that is not there; nothing for fewer than 2 subjects.
+
+# ---------------------------------------------------------------- supervised training, few labels
+
+
+def train_supervised(cohort, indices, seed, device):
+    """The same ECG encoder trained from scratch on labels: a fair opponent of the frozen one.
+
+    Augmented as in contrastive training, all targets at once, the last epoch. Returns its outputs
+    (N, targets), which are then probed like features.
     """
-    result, n = {}, len(rows)
-    for direction in DIRECTIONS:
-        query, target = direction.split("_to_")
-        if query in embeddings and target in embeddings and n > 1:
-            ranks = loss.retrieval_ranks(embeddings[query][rows], embeddings[target][rows])
-            ranks = np.sort(ranks.numpy())
-            low, high = stats.binom.ppf([0.025, 0.975], n, 0.5).astype(int)  # of order statistics
-            found = {"median_rank": float(np.median(ranks)), "chance_rank": (n + 1) / 2, "n": n}
-            found["median_rank_ci"] = [int(ranks[max(low - 1, 0)]), int(ranks[min(high, n - 1)])]
-            for k in (1, 5, 10):  # exact intervals: a bootstrap without any hit would say [0, 0]
-                hits = int((ranks <= k).sum())
-                found |= {f"recall@{k}": hits / n, f"chance@{k}": min(k / n, 1.0)}
-                found[f"recall@{k}_ci"] = [*stats.binomtest(hits, n).proportion_ci()]
-            result[direction] = found
-    return result
+    train = indices["train"]
+    dataset = data.CohortDataset(cohort, ("ecg",))
+    phenotypes = len(cohort.phenotypes)  # the first columns of the labels; outcomes stay 0 and 1
+    labels = np.column_stack([cohort.columns[name] for name in cohort.phenotypes + cohort.outcomes])
+    labels[:, :phenotypes] = standardise(labels[:, :phenotypes], train)
+    labels = torch.from_numpy(labels).float().to(device)  # (N, targets)
 
-
-# ---------------------------------------------------------------- supervised opponent, few labels
-
-
-def train_supervised(cohort, rows, device, seed, rates=RATES):
-    """The same ECG encoder trained from scratch on the labels: a fair opponent of the frozen one.
-
-    One linear output per target on standardised values (cross-entropy for outcomes), all targets at
-    once, augmented as in training; learning rate and epoch by validation loss. Its outputs, for
-    which it was trained, are then probed like features. Returns dict(outputs (N, targets), rate).
-    """
-    targets, train, val = cohort["phenotypes"] + cohort["outcomes"], rows["train"], rows["val"]
-    y = np.stack([cohort["columns"][name] for name in targets], 1)
-    binary = np.array([name in cohort["outcomes"] for name in targets])
-    labels = np.ma.masked_invalid(y[train])
-    mean, std = labels.mean(0).filled(0), labels.std(0).filled(0)
-    varies = std > 1e-9 * np.abs(mean)  # others would rule the choice on val with huge errors
-    scaled = np.where(binary, y, (y - mean) / np.where(varies, std, 1))
-    y = torch.from_numpy(np.where(varies, scaled, np.nan).astype(np.float32)).to(device)
-    outcome = torch.from_numpy(binary).to(device)
-
-    def error(output, wanted):  # mean over the labels that are known
-        known, wanted = ~wanted.isnan(), wanted.nan_to_num()
-        entropy = F.binary_cross_entropy_with_logits(output, wanted, reduction="none")
-        each = torch.where(outcome, entropy, (output - wanted).square())
-        return each[known].sum() / known.sum().clamp(min=1)
-
-    def load(rows, epoch):
-        batch = data.read_batch(cohort, rows, device, names=("ecg",), varied=(seed, epoch))
-        return batch["ecg"], y[rows]
-
-    @torch.no_grad()
-    def outputs(net, rows):
-        heard = batches(cohort, rows, device, ("ecg",))
-        return torch.cat([net.eval()(batch["ecg"]) for batch in heard])
-
-    best, size = {"error": np.inf}, min(16 if len(train) < 800 else 32, len(train) // 2)
+    # Few labels need small batches and many epochs.
+    batch_size = min(16 if len(train) < 800 else 32, len(train) // 2)
     epochs = int(np.clip(9_000 // len(train) + 8, 14, 48))
-    for rate in rates:
-        torch.manual_seed(seed)
-        encoder, readout = models.ecg_encoder(), torch.nn.Linear(models.FEATURES, len(targets))
-        net = torch.nn.Sequential(encoder, readout).to(device)
-        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05, fused=True)
-        steps = epochs * (len(train) // size)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
-        for epoch in range(epochs):
-            parts = data.epoch_batches(train, size, seed, epoch)
-            for ecg, wanted in data.read_ahead(partial(load, epoch=epoch), parts):
-                error(net.train()(ecg), wanted).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-            score = float(error(outputs(net, val), y[val]))
-            if score <= best["error"]:  # without labels in val, the last epoch
-                best = {"error": score, "rate": rate, "net": copy.deepcopy(net)}
-    return {"outputs": outputs(best["net"], np.arange(len(y))).cpu().numpy(), "rate": best["rate"]}
+    keys = []
+    for epoch in range(epochs):
+        for batch_indices in data.epoch_batches(train, batch_size, seed, epoch):
+            keys.append((epoch, batch_indices))
+
+    torch.manual_seed(seed)
+    readout = torch.nn.Linear(models.FEATURES, labels.shape[1])
+    net = torch.nn.Sequential(models.ecg_encoder(), readout).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, SUPERVISED_LR, len(keys))
+    for stored in data.make_loader(dataset, keys):
+        batch = data.to_batch(stored, device, seed)
+        outputs = net(batch["ecg"])  # (B, targets)
+        supervised_loss(outputs, labels[stored["indices"]], phenotypes).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+    batches = data.plain_batches(dataset, np.arange(len(cohort.ids)), device)
+    with torch.no_grad():
+        return torch.cat([net(batch["ecg"]).cpu() for batch in batches]).numpy()
 
 
-def labelled(cohort, rows):
-    """Those of rows of which at least one phenotype is known."""
-    values = [cohort["columns"][name][rows] for name in cohort["phenotypes"]]
-    return rows[~np.isnan(values).all(axis=0)] if values else rows[:0]
+def supervised_loss(outputs, labels, phenotypes):
+    """Squared error of the first columns, cross-entropy of the others: mean over known labels."""
+    known = ~labels.isnan()  # (B, targets)
+    labels = labels.nan_to_num()
+    squares = (outputs - labels).square()
+    entropies = F.binary_cross_entropy_with_logits(outputs, labels, reduction="none")
+    losses = torch.cat([squares[:, :phenotypes], entropies[:, phenotypes:]], dim=1)
+    return losses[known].sum() / known.sum().clamp(min=1)
 
 
-def draw_labels(train, count, seed):
-    """A budget of count labels pays for validation too: a fifth chooses, the rest is fitted."""
-    picked = np.random.default_rng(seed).choice(train, count, replace=False)
-    return {"train": picked[count // 5 :], "val": picked[: count // 5]}
+def with_phenotype(cohort, indices):
+    """Those of the indices of which at least one phenotype is known."""
+    values = np.array([cohort.columns[name][indices] for name in cohort.phenotypes])
+    return indices[~np.isnan(values).all(axis=0)]
 
 
-def label_curve(encoders, cohort, rows, counts, device, seed):
-    """R^2 on test against the number of labels: {n: {method: {phenotype: dict(r2, sd, draws)}}}.
+def label_draws(cohort, indices, args):
+    """Yield (labels, draw, splits) for each draw of so many labels, "all" just once.
 
-    encoders: {method: features (N, D)}. Mean and spread of 10 draws of n labels, or 3 for the
-    supervised encoder, trained anew on each. "all": the whole training and validation splits.
+    The labels pay for validation, too: a fifth chooses alpha.
     """
-    curve, one, known = {}, np.ones((1, len(rows["test"]))), labelled(cohort, rows["train"])
-    for count in counts:
-        scores, rates = {}, RATES
-        for draw in range(1 if count == "all" else 10):
-            chosen, features = rows, dict(encoders)
-            if count != "all":
-                chosen = rows | draw_labels(known, int(count), [seed, int(count), draw])
-                if features.pop("supervised", None) is not None and draw < 3:
-                    tell(f"supervised on {count} labels, draw {draw + 1} of 3")
-                    best = train_supervised(cohort, chosen, device, seed + draw, rates)
-                    features["supervised"] = best["outputs"]
-                    rates = (best["rate"],)  # chosen on the first draw
-            for method, x in features.items():
-                x = standardise(x, rows["train"])
-                for target, found in probe(x, cohort, chosen, one, outcomes=False)["probe"].items():
-                    scores.setdefault((method, target), []).append(found["r2"])
-        table = curve[str(count)] = {}
-        for (method, target), r in scores.items():
-            found = {"r2": float(np.mean(r)), "sd": float(np.std(r)), "draws": len(r)}
-            table.setdefault(method, {})[target] = found
+    for labels in args.labels:
+        if labels == "all":
+            yield labels, 0, indices
+            continue
+        n = int(labels)
+        candidates = with_phenotype(cohort, indices["train"])
+        for draw in range(LABEL_DRAWS):
+            rng = np.random.default_rng([args.seed, n, draw])
+            drawn = rng.choice(candidates, n, replace=False)
+            splits = {"train": drawn[n // 5 :], "val": drawn[: n // 5], "test": indices["test"]}
+            yield labels, draw, splits
+
+
+def label_curve(methods, cohort, indices, args, device):
+    """Records of R² on test, dictionaries of RECORD. A target is a phenotype or a group.
+
+    The draws are the same for all methods; supervised training starts anew on each.
+    """
+    records = []
+    once = np.ones((1, len(indices["test"])))  # each test subject counts once: no bootstrap
+    for labels, draw, splits in label_draws(cohort, indices, args):
+        for method in methods:
+            features = method.features
+            if method.name == "supervised" and labels != "all":
+                if draw >= SUPERVISED_DRAWS:
+                    continue
+                note(f"supervised training on {labels} labels, draw {draw + 1}")
+                features = train_supervised(cohort, splits, args.seed + draw, device)
+            # By all training subjects: features that hardly vary among few would explode.
+            x = standardise(features, indices["train"])
+            scores = probe(x, cohort, splits, cohort.phenotypes, once)
+            for target, samples in scores.samples.items():
+                values = (labels, draw, method.name, target, samples[0])
+                records.append(dict(zip(RECORD, values, strict=True)))
+    return records
+
+
+def summarise_curve(records):
+    """{labels: {method: {target: {"r2": mean over draws, "sd": their spread, "draws"}}}}."""
+    values = defaultdict(list)
+    for record in records:
+        values[record["labels"], record["method"], record["target"]].append(record["r2"])
+    curve = {}
+    for (labels, method, target), r2 in values.items():
+        table = curve.setdefault(labels, {}).setdefault(method, {})
+        table[target] = {"r2": np.mean(r2), "sd": np.std(r2), "draws": len(r2)}
     return curve
 
 
 # ---------------------------------------------------------------- prediction
 
 
-def encode_row(run, table, mains_hz, device, row):
-    """Features (1, D) of one listed ECG, or the reason why not; never raises, as others go on."""
-    path = Path(table).parent / row["ecg"]
-    try:
-        data.require("wrong" not in row, table, row.get("wrong"))
-        data.require(row["ecg"], table, "names no ECG; fill it in")
-        ecg = data.read_clean_ecg(path, mains_hz)
-    except Exception as error:  # one file that breaks a reader must not stop the others
-        why = data.printable(getattr(error, "why", error))
-        return {"id": row["id"], "file": getattr(error, "where", path), "reason": why}
-    batch = data.as_batch({"ecg": torch.from_numpy(ecg["ecg"][None]).to(device)})
-    with torch.no_grad():
-        features = run["model"](batch)["ecg"].cpu().numpy()
-    return {"row": {"id": row["id"], "features": features}, "warnings": ecg["warnings"]}
+def predict(run, cohort, indices, table_path, device):
+    """Write predictions.csv: phenotypes and outcomes of new ECGs, listed by id and ecg."""
+    path = table_path.with_name("predictions.csv")
+    rule = "would be overwritten by the predictions; rename it"
+    data.require(path.resolve() != table_path.resolve(), table_path, rule)
+    rows = data.read_table(table_path, ("id", "ecg"))
+    ids, ecgs = read_new_ecgs(rows, table_path, cohort.source.get("mains_hz", 50))
 
+    # Encode them like the cohort's ECGs, behind which they stand from here on.
+    known = frozen_features(run.model, cohort, ("ecg",), device)["ecg"]  # (N, D)
+    batches = [data.to_batch({"ecg": chunk}, device) for chunk in ecgs.split(128)]
+    new = models.extract_features(run.model, batches)["ecg"].numpy()  # (n, D)
+    x = standardise(np.concatenate([known, new]), indices["train"])
 
-def predict(run, cohort, rows, table, device):
-    """Phenotypes and outcomes of new ECGs: the frozen encoder, probes fitted on the cohort.
+    # Predict, with an interval for phenotypes.
+    columns = {}
+    for target in cohort.phenotypes + cohort.outcomes:
+        y = np.append(cohort.columns[target], np.full(len(ids), np.nan))
+        if not can_be_probed(y, indices):
+            note(f"{target}: too few labels or only one value, not predicted")
+            continue
+        predictions, _ = fit_probe(x, y, indices, target in cohort.outcomes)
+        predicted = predictions[-len(ids) :]
+        if target in cohort.outcomes:
+            columns[f"{target}_probability"] = predicted
+            continue
+        columns[target] = predicted
+        half_width = conformal_half_width(np.abs(predictions - y), indices["val"])
+        if half_width is None:
+            note(f"{target}: no interval, as fewer than {FEWEST_LABELS} validation labels")
+            continue
+        columns[f"{target}_low"] = predicted - half_width
+        columns[f"{target}_high"] = predicted + half_width
 
-    Writes predictions.csv beside the table of ids and ECGs. The 95 % interval of a phenotype is the
-    prediction +- the 95 % quantile of absolute validation residuals (split conformal).
-    """
-    listed, out = data.read_table(table, ("id", "ecg")), Path(table).with_name("predictions.csv")
-    why = "would be overwritten by the predictions; rename it"
-    data.require(out.resolve() != Path(table).resolve(), table, why)
-    known = extract(run["model"], cohort, device, ("ecg",))["features"]["ecg"]
-    mains_hz = cohort["source"].get("mains_hz", 50)
-    made = data.collect((encode_row(run, table, mains_hz, device, row) for row in listed), files={})
-    for line in data.report(made["rejected"], made["warnings"]):
-        print(line, file=sys.stderr)
-    new = [row["features"] for row in made["rows"]]
-    data.require(new, table, "names no readable ECG; the reasons stand above")
-    x = standardise(np.concatenate([known, *new]), rows["train"])
-    columns = {"id": [row["id"] for row in made["rows"]]}
-    for target in cohort["phenotypes"] + cohort["outcomes"]:
-        y = np.concatenate([cohort["columns"][target], np.full(len(new), np.nan)])
-        found = fit(x, y, rows, target in cohort["outcomes"])
-        if found is None:
-            tell(f"{target}: too few training labels or only one value, not predicted")
-            continue
-        p = found["prediction"][len(known) :]
-        if target in cohort["outcomes"]:
-            columns[f"{target}_probability"] = p
-            continue
-        columns[target], error = p, np.abs(found["prediction"] - y)
-        val, test = (e[~np.isnan(e)] for e in (error[rows["val"]], error[rows["test"]]))
-        if len(val) < 20:
-            tell(f"{target}: {len(val)} validation labels are too few for an interval (20 needed)")
-            continue
-        half = np.quantile(val, min(1, 0.95 * (1 + 1 / len(val))), method="higher")
-        columns |= {f"{target}_low": p - half, f"{target}_high": p + half}
-        covered = f"{(test <= half).mean():.1%} of {len(test)}" if len(test) else "none of 0"
-        print(f"{label(target)}: 95 % interval +- {half:.3g} holds for {covered} test subjects")
-    texts = ((v if isinstance(v, str) else f"{v:.5g}" for v in c) for c in columns.values())
-    lines = [dict(zip(columns, line, strict=True)) for line in zip(*texts, strict=True)]
-    data.write(out, lambda file: data.write_csv(file.name, columns, lines))
-    print(f"wrote {out}: {len(new)} predicted, {len(made['rejected'])} rejected")
+    lines = []
+    for k, subject in enumerate(ids):
+        cells = {name: f"{values[k]:.5g}" for name, values in columns.items()}
+        lines.append({"id": subject, **cells})
+    data.write_csv(path, ["id", *columns], lines)
+    print(f"wrote {path}: {len(ids)} predicted, {len(rows) - len(ids)} rejected")
     print("Research use only, not for diagnosis.")
 
 
-# ---------------------------------------------------------------- figures and tables
+def read_new_ecgs(rows, table_path, mains_hz):
+    """Ids and ECGs (n, 12, 2500) int16 µV of the rows that can be read; the others are named."""
+    ids = []
+    ecgs = []
+    for row in rows:
+        try:
+            data.require(not row["problem"], table_path, row["problem"])
+            ecg, warnings = data.read_ecg(row, table_path.parent, mains_hz)
+        except data.InputError as error:
+            note(f"{row['id']} is left out: {error}")
+            continue
+        for warning in warnings:
+            note(f"{row['id']}: {warning}")
+        ids.append(row["id"])
+        ecgs.append(torch.from_numpy(ecg))
+    data.require(ids, table_path, "names no ECG that can be read; the reasons stand above")
+    return ids, torch.stack(ecgs)
 
 
-def label(name):
+def conformal_half_width(errors, val):
+    """Half the 95 % interval by absolute errors (N,) on val (split conformal); None if too few."""
+    residuals = errors[labelled(errors, val)]
+    if len(residuals) < FEWEST_LABELS:
+        return None
+    level = min(1, 0.95 * (1 + 1 / len(residuals)))
+    return np.quantile(residuals, level, method="higher")
+
+
+# ---------------------------------------------------------------- metrics and tables
+
+
+def collect_metrics(runs, methods, records, test):
+    """All results as plain dictionaries: metrics.json."""
+    scores = {method.name: method.scores for method in methods}
+    pairs = list(combinations([run.name for run in runs], 2))
+    pairs += [(runs[0].name, method.name) for method in methods if method.kind == "baseline"]
+    return {
+        "probe": {name: score.metrics for name, score in scores.items()},
+        "groups": {name: score.groups for name, score in scores.items()},
+        "paired": {f"{a}-{b}": compare(scores[a], scores[b]) for a, b in pairs},
+        "retrieval": {run.name: retrieval(run.embeddings, test) for run in runs},
+        "labels": summarise_curve(records),
+    }
+
+
+def table_text(metrics, methods, cohort, indices):
+    """table.md: all that a reader compares."""
+    phenotypes = cohort.phenotypes
+    outcomes = cohort.outcomes
+    probes = metrics["probe"]
+    from_ecg = {m.name: probes[m.name] for m in methods if m.kind != "latent"}
+    latents = {m.name: probes[m.name] for m in methods if m.kind == "latent"}
+    first = {methods[0].name: probes[methods[0].name]}
+    paired = metrics["paired"]
+
+    splits = ", ".join(f"{len(indices[split])} {split}" for split in data.SPLITS)
+    text = f"{cohort.source['kind'].capitalize()} cohort ({splits} subjects). Scores are of test "
+    text += "subjects, with 95 % intervals; R² is against the training mean.\n"
+    text += table("mean R²", metrics["groups"], GROUPS, "r2", ".3f")
+    text += table("difference in mean R²", paired, GROUPS, "difference", "+.3f")
+    text += table("relative difference", paired, GROUPS, "relative", "+.1%")
+    text += table("R² from ECG", from_ecg, phenotypes, "r2", ".2f")
+    text += table("R² from latents", latents, phenotypes, "r2", ".2f")
+    text += table("difference in R²", paired, phenotypes, "difference", "+.2f")
+    text += table("Pearson r", first, phenotypes, "pearson", ".2f")
+    text += table("mean absolute error", first, phenotypes, "mae", ".3g")
+    text += table("AUROC", from_ecg, outcomes, "auroc", ".2f")
+    text += table("AUPRC", from_ecg, outcomes, "auprc", ".2f")
+    text += table("prevalence", first, outcomes, "prevalence", ".2f")
+    for labels, results in metrics["labels"].items():
+        text += table(f"R², {labels} labels", results, [*GROUPS, *phenotypes], "r2", ".2f")
+    columns = [f"{name}@{k}" for k in TOP_K for name in ("recall", "chance")]
+    columns += ["median_rank", "chance_rank", "n"]
+    for run, directions in metrics["retrieval"].items():
+        text += table(f"retrieval by {run}", directions, columns, None, ".3g")
+    return text
+
+
+def table(title, results, columns, key, form):
+    """Markdown of results {row: {column: {key: value}}}, or {row: {column: value}} if key is None.
+
+    Rows without any value are left out, and a table without rows.
+    """
+    lines = []
+    for row, entries in results.items():
+        if key is None:
+            cells = [cell(entries, column, form) for column in columns]
+        else:
+            cells = [cell(entries.get(column, {}), key, form) for column in columns]
+        if set(cells) - {"-"}:
+            lines.append([row, *cells])
+    if not lines:
+        return ""
+    text = "\n"
+    for line in [[title, *columns], ["---"] * (1 + len(columns)), *lines]:
+        escaped = [word.replace("|", "\\|") for word in line]
+        text += f"| {' | '.join(escaped)} |\n"
+    return text
+
+
+def cell(entry, key, form):
+    """0.71 [0.65, 0.76], or 0.53 ± 0.02 over draws, or - where entry lacks the key."""
+    if key not in entry:
+        return "-"
+    text = format(entry[key], form)
+    ci = entry.get("ci" if key == "difference" else f"{key}_ci")
+    if ci:
+        text += f" [{ci[0]:{form}}, {ci[1]:{form}}]"
+    if entry.get("draws", 1) > 1:
+        text += f" ± {entry['sd']:{form}}"
+    return text
+
+
+# ---------------------------------------------------------------- figures
+
+
+def draw_figures(runs, methods, metrics, cohort, test):
+    """{name: Figure} of all that there is to draw."""
+    first = methods[0]
+    groups = group_phenotypes([name for name in cohort.phenotypes if name in first.scores.metrics])
+    phenotypes = groups["structural"] + groups["functional"]
+    figures = {"gallery": draw_gallery(runs[0], cohort, test)}
+    if phenotypes:
+        ecg_methods = [m for m in methods if m.kind != "latent" and m.name != "mean"]
+        title = "What linear probes read from the ECG"
+        figures["probe"] = draw_probes(title, ecg_methods, phenotypes, cohort)
+        methods_of_first = [m for m in methods if m.run == first.name]
+        title = f"What the ECG encoder of {first.name} and its image encoders know"
+        figures["latents"] = draw_probes(title, methods_of_first, phenotypes, cohort)
+        figures["scatter"] = draw_scatter(first, phenotypes, cohort, test)
+    if phenotypes and len(runs) > 1:
+        figures["views"] = draw_views(runs, metrics, cohort)
+    if phenotypes and metrics["labels"]:
+        figures["labels"] = draw_label_curve(metrics["labels"], cohort)
+    return figures
+
+
+def new_figure(title, cohort, height):
+    """A figure as wide as the README, the kind of cohort in its title."""
+    figure = Figure(figsize=(9, height), layout="constrained")
+    figure.suptitle(f"{title} ({cohort.source['kind']} cohort)")
+    return figure
+
+
+def axis_label(name):
     """LVEF_pct -> LVEF (%)."""
     stem, _, unit = name.rpartition("_")
-    return f"{stem} ({unit.replace('pct', '%')})" if stem else name
+    unit = unit.replace("pct", "%")
+    return f"{stem} ({unit})" if stem else name
 
 
-def bars(methods, title):
-    """R^2 of every method for every phenotype, structural ones first, with bootstrap intervals."""
-    grouped = groups(dict.fromkeys(name for table in methods.values() for name in table))
-    names = grouped["structural"] + grouped["functional"]
-    figure = Figure(figsize=(max(9, 1.1 * len(names)), 4.2), layout="constrained")
-    axis, width = figure.subplots(), 0.84 / len(methods)
-    for k, (method, table) in enumerate(methods.items()):
-        shift = (k - (len(methods) - 1) / 2) * width
-        place = [i + shift for i, name in enumerate(names) if name in table]
-        shown = [[table[n]["r2"], *table[n]["r2_ci"]] for n in names if n in table]
-        value, *ends = np.array(shown).reshape(-1, 3).T
-        axis.bar(place, value, width, color=COLORS[k % len(COLORS)], label=method)
-        axis.errorbar(place, value, np.abs(ends - value), fmt="none", ecolor="black", lw=0.8)
-    axis.set_xticks(range(len(names)), [label(name).replace(" ", "\n") for name in names])
-    axis.axvline(len(grouped["structural"]) - 0.5, color="gray", lw=1)
-    axis.set(xlabel="structural | functional phenotypes", ylabel="R² on test, 95 % bootstrap")
-    axis.set(title=title, ylim=np.clip(axis.get_ylim(), -0.5, 1.05))
-    figure.legend(frameon=False, ncols=4, loc="outside lower center")
-    return figure
+def draw_scores(axis, results, names, width=0.8, line=""):
+    """R² with error bars of {label: {name: {"r2", "r2_ci" or "sd"}}}: labels side by side."""
+    step = width / len(results)
+    for k, (label, entries) in enumerate(results.items()):
+        shown = [name for name in names if name in entries]
+        x = [names.index(name) - width / 2 + (k + 0.5) * step for name in shown]
+        r2 = np.array([entries[name]["r2"] for name in shown])
+        ends = np.array([error_ends(entries[name]) for name in shown]).reshape(-1, 2)
+        color = COLORS[k % len(COLORS)]
+        marker = MARKERS[k % len(MARKERS)]
+        axis.errorbar(x, r2, np.abs(ends.T - r2), fmt=marker + line, color=color, label=label)
+    for k in range(1, len(names)):
+        axis.axvline(k - 0.5, color="lightgray", lw=0.8)
+    axis.set_xticks(range(len(names)), [axis_label(name).replace(" ", "\n") for name in names])
+    axis.set_xlim(-0.5, len(names) - 0.5)
+    axis.grid(axis="y", alpha=0.3)
 
 
-def label_figure(curve, own, everyone, note):
-    """R^2 of LVEF, or else of the first phenotype, against labelled subjects; everyone: "all"."""
-    target = next((name for name in own if "LVEF" in name), next(iter(own)))
-    sizes = {n: everyone if n == "all" else int(n) for n in curve}
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+def error_ends(entry):
+    """The 95 % interval, or the spread of draws."""
+    if "r2_ci" in entry:
+        return entry["r2_ci"]
+    return [entry["r2"] - entry["sd"], entry["r2"] + entry["sd"]]
+
+
+def draw_probes(title, methods, phenotypes, cohort):
+    """R² of each phenotype by each method."""
+    figure = new_figure(title, cohort, height=4.2)
     axis = figure.subplots()
-    for k, method in enumerate(dict.fromkeys(m for table in curve.values() for m in table)):
-        found = {n: table.get(method, {}).get(target) for n, table in curve.items()}
-        points = {sizes[n]: entry for n, entry in found.items() if entry}
-        value, spread = ([p[key] for p in points.values()] for key in ("r2", "sd"))
-        style = {"color": COLORS[k % len(COLORS)], "marker": "osD^vP*"[k % 7], "label": method}
-        axis.errorbar([*points], value, spread, capsize=3, **style)
-    axis.set_xscale("log")
-    axis.set_xticks([], minor=True)
-    axis.set_xticks([*sizes.values()], [*sizes.values()])
-    axis.set(xlabel="labelled subjects, validation included", ylim=(-0.2, 1))
-    axis.set_title(f"How many labels it takes{note}")
-    axis.set_ylabel(f"R² of {label(target)} on test\n(mean and spread of draws)")
-    axis.legend(frameon=False, ncols=2)
+    draw_scores(axis, {method.name: method.scores.metrics for method in methods}, phenotypes)
+    axis.set_xlabel("phenotype (unit), structural ones first")
+    axis.set_ylabel("R² on test subjects\n(95 % bootstrap interval)")
+    figure.legend(frameon=False, ncols=5, loc="outside lower center")
     return figure
 
 
-def scatter(result, cohort, rows, title):
-    """Predicted against true values of every phenotype in test subjects, with the identity line."""
-    height = -(-len(result["probe"]) // 4)
-    figure = Figure(figsize=(9, 2.5 * height + 0.4), layout="constrained")
-    figure.suptitle(title)
-    axes = figure.subplots(height, 4, squeeze=False).flat
-    for name, axis in zip(result["probe"], axes, strict=False):  # so that zip skips no axis
-        y, p = cohort["columns"][name][rows["test"]], result["predictions"][name][rows["test"]]
-        axis.plot(y, p, ".", ms=3, color=COLORS[0])
-        axis.axline((np.nanmean(y), np.nanmean(y)), slope=1, color="black", lw=1)
-        low, high = np.nanmin(np.append(y, p)), np.nanmax(np.append(y, p))
-        ends = low - 0.03 * (high - low), high + 0.03 * (high - low)
-        axis.set(xlabel=f"true {label(name)}", ylabel=f"predicted {label(name)}")
-        axis.set(xlim=ends, ylim=ends, aspect="equal")
-        axis.set_title(f"R² {cell(result['probe'][name], 'r2')}", fontsize=10)
-    for axis in axes:
+def draw_views(runs, metrics, cohort):
+    """Mean structural and functional R² of the runs with all labels, and beside it with 100."""
+    panels = {"all labels, 95 % bootstrap interval": metrics["groups"]}
+    if "100" in metrics["labels"]:
+        panels["100 labels, mean and spread of draws"] = metrics["labels"]["100"]
+    figure = new_figure("What the ECG learns from each view of the heart", cohort, height=4.2)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, results) in zip(axes, panels.items(), strict=True):
+        of_runs = {run.name: results.get(run.name, {}) for run in runs}
+        draw_scores(axis, of_runs, ["structural", "functional"])
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("phenotypes")
+        axis.set_ylabel("mean R² on test subjects")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, ncols=5, loc="outside lower center")
+    return figure
+
+
+def draw_label_curve(curve, cohort):
+    """Mean R² over all phenotypes for each number of labels."""
+    results = defaultdict(dict)
+    for labels, scores in curve.items():
+        for method, entries in scores.items():
+            if "all" in entries:
+                results[method][labels] = entries["all"]
+    figure = new_figure("How many labels it takes", cohort, height=4.2)
+    axis = figure.subplots()
+    draw_scores(axis, results, list(curve), width=0.2, line="-")
+    axis.set_xlabel("labelled subjects, those of validation included")
+    axis.set_ylabel("R² on test subjects, mean over phenotypes\n(mean and spread of draws)")
+    axis.legend(frameon=False)
+    return figure
+
+
+def draw_scatter(method, phenotypes, cohort, test):
+    """Predicted against true phenotypes of test subjects, with the identity line."""
+    lines = -(-len(phenotypes) // 4)
+    figure = new_figure(f"Test subjects, by {method.name}", cohort, height=2.5 * lines + 0.4)
+    axes = figure.subplots(lines, 4, squeeze=False).ravel()
+    for axis in axes[len(phenotypes) :]:
         axis.set_axis_off()
+    for axis, name in zip(axes, phenotypes, strict=False):
+        y = cohort.columns[name][test]
+        prediction = method.scores.predictions[name][test]
+        axis.plot(y, prediction, ".", ms=3, color=COLORS[0])
+        axis.axline((np.nanmean(y), np.nanmean(y)), slope=1, color="black", lw=1)
+        axis.set_aspect("equal", adjustable="datalim")
+        axis.set_xlabel(f"true {axis_label(name)}")
+        axis.set_ylabel(f"predicted {axis_label(name)}")
+        axis.set_title(f"R² {cell(method.scores.metrics[name], 'r2', '.2f')}", fontsize=10)
     return figure
 
 
-def gallery(cohort, embeddings, rows, title):
-    """Four test ECGs, their own hearts and the hearts they retrieve, LVEF and LVEDV below."""
-    phases, columns = [name for name in ("ed", "es") if name in embeddings], cohort["columns"]
-    shown = [name for name in ("LVEF_pct", "LVEDV_ml") if name in cohort["phenotypes"]]
-    order = rows[np.argsort(columns[shown[0]][rows])] if shown else rows
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    figure.suptitle(f"{title}\n(middle slice at {' | '.join(phases).upper()})")
+def draw_gallery(run, cohort, test):
+    """Four test ECGs, their own hearts and the three hearts that each retrieves."""
+    phases = run.model.inputs[1:]
+    title = f"Hearts that ECGs retrieve by {run.name}, middle slice at {' | '.join(phases).upper()}"
+    figure = new_figure(title, cohort, height=6.8)
     axes = figure.subplots(4, 5, width_ratios=(1.6, 1, 1, 1, 1))
-    queries = order[np.linspace(0, len(order) - 1, 6).astype(int)[1:-1]]
+    similarity = 0
+    for view in run.model.views:
+        similarity = similarity + run.embeddings["ecg"][test] @ run.embeddings[view][test].T
+    captions = [name for name in ("LVEDV_ml", "LVEF_pct") if name in cohort.phenotypes]
+    dataset = data.CohortDataset(cohort, run.model.inputs)
+    queries = np.linspace(0, len(test) - 1, 4).astype(int)
     for line, query in zip(axes, queries, strict=True):
-        scores = sum(embeddings["ecg"][query] @ embeddings[phase][rows].T for phase in phases)
-        found = [query, *rows[np.argsort(-scores.numpy(), kind="stable")[:3]]]
-        batch = data.read_batch(cohort, found)
-        for k, lead in enumerate((0, 7, 10)):
-            line[0].plot(np.arange(750) / 250, batch["ecg"][0, lead, :750] - 2.5 * k, "k", lw=0.6)
-        line[0].set(xlabel="time (s), 2.5 mV between leads", yticks=[-5, -2.5, 0])
-        line[0].set_yticklabels(["V5", "V2", "I"])
-        for k, (axis, subject) in enumerate(zip(line[1:], found, strict=False)):
-            hearts = [batch[phase][k, 0, batch[phase].shape[2] // 2] for phase in phases]
-            greys = np.round(np.hstack(hearts) * 16)  # few grey levels: noise does not compress
+        nearest = similarity[query].argsort(descending=True)[:3].numpy()
+        subjects = test[[query, *nearest]]
+        batch = next(data.plain_batches(dataset, subjects))
+        draw_leads(line[0], batch["ecg"][0].numpy())
+        for k, axis in enumerate(line[1:]):
+            volumes = [batch[phase][k, 0] for phase in phases]
+            middle = np.hstack([volume[len(volume) // 2] for volume in volumes])
+            greys = np.round(middle * 16)  # few grey levels: noise does not compress
             axis.imshow(greys, cmap="gray", interpolation="nearest")
-            values = [f"{label(name)} {columns[name][subject]:.0f}" for name in shown]
-            axis.set(xticks=[], yticks=[], xlabel="\n".join(values))
-            own = f"retrieved {k}" + " (own)" * int(subject == query) if k else "own heart"
-            axis.set_title(own, fontsize=9)
+            axis.set(xticks=[], yticks=[])
+            title = f"retrieved {k}" if k > 0 else "own heart"
+            if k > 0 and subjects[k] == subjects[0]:
+                title += " (own)"
+            axis.set_title(title, fontsize=9)
+            values = [f"{axis_label(n)} {cohort.columns[n][subjects[k]]:.0f}" for n in captions]
+            axis.set_xlabel("\n".join(values), fontsize=8)
     return figure
 
 
-def figures(metrics, results, first, cohort, rows, embeddings):
-    """Every picture for which there is something to draw, after its name."""
-    note, own = f" ({cohort['source']['kind']} cohort)", results[first]["probe"]
-    if own:
-        shown = {name: result["probe"] for name, result in results.items() if name != "mean"}
-        yield "probe", bars(shown, f"What a linear probe reads from the ECG{note}")
-        shown = {key.upper(): table for key, table in metrics["runs"][first]["latents"].items()}
-        yield "latents", bars({"ECG": own} | shown, f"What the latents of {first} know{note}")
-        yield "scatter", scatter(results[first], cohort, rows, f"{first} on test{note}")
-    if own and metrics["labels"]:
-        everyone = sum(len(labelled(cohort, rows[name])) for name in ("train", "val"))
-        yield "labels", label_figure(metrics["labels"], own, everyone, note)
-    if len(rows["test"]) > 1:
-        title = f"Hearts nearest to an ECG{note}"
-        yield "gallery", gallery(cohort, embeddings, rows["test"], title)
-
-
-def cell(entry, key, form=".2f"):
-    """'0.71 [0.65, 0.76]', the interval where there is one, and - where there is nothing."""
-    ci = entry and (entry.get(f"{key}_ci") or entry.get("ci"))
-    interval = f" [{ci[0]:{form}}, {ci[1]:{form}}]" if ci else ""
-    return f"{entry[key]:{form}}{interval}" if entry else "-"
-
-
-def markdown(title, columns, names, form=".2f"):
-    """Lines of a table: columns {heading: ({name: metrics}, key)}, one row for each of names."""
-    rows = [[title, *columns], ["---"] * (1 + len(columns))]
-    for name in names:
-        rows += [[name, *(cell(table.get(name), key, form) for table, key in columns.values())]]
-    rows = [[text.replace("|", "\\|") for text in row] for row in rows]
-    return ["", *("| " + " | ".join(row) + " |" for row in rows)]
-
-
-def table_text(metrics, cohort, rows, first):
-    """table.md: probes, differences, latents, outcomes, few labels and retrieval."""
-    runs, outcomes, grouped = metrics["runs"], cohort["outcomes"], groups(cohort["phenotypes"])
-
-    def each(tables, key):
-        return {heading: (table, key) for heading, table in tables.items()}
-
-    def with_groups(tables):
-        return {name: table | metrics["groups"][name] for name, table in tables.items()}
-
-    probes = {name: run["probe"] for name, run in runs.items()} | metrics["baselines"]
-    latents = {f"{first}.{key}": table for key, table in runs[first]["latents"].items()}
-    names = [name for group in grouped for name in [*grouped[group], group] if grouped[group]]
-    splits = ", ".join(f"{len(r)} {name}" for name, r in rows.items())
-    kind, own = cohort["source"]["kind"].capitalize(), probes[first]
-    lines = [f"{kind} cohort ({splits} subjects). R² on test, against the training mean, with 95 %"]
-    lines += ["intervals; structural, functional: mean of the group; MAE in the phenotype's unit."]
-    more = {f"r ({first})": (own, "pearson"), f"MAE ({first})": (own, "mae")}
-    lines += markdown("R²", each(with_groups(probes), "r2") | more, names)
-    for title, key, score, form, shown in (
-        ("minus", "paired", "delta_r2", "+.2f", own),
-        ("relative to", "relative", "relative", "+.1%", grouped),
-    ):
-        others = {pair.removeprefix(f"{first}-"): t for pair, t in metrics[key].items()}
-        others.pop("mean")
-        lines += markdown(f"R² of {first} {title}", each(others, score), shown, form)
-    lines += markdown("R² from latents", each(with_groups({first: own} | latents), "r2"), names)
-    if outcomes:
-        tables = {n: run["outcomes"] for n, run in runs.items()} | metrics["baseline_outcomes"]
-        lines += markdown("AUROC", each(tables, "auroc"), outcomes)
-        more = {"prevalence": (tables[first], "prevalence")}
-        lines += markdown("AUPRC", each(tables, "auprc") | more, outcomes)
-    for n, tables in metrics["labels"].items():
-        lines += markdown(f"R², {n} labels", each(tables, "r2"), cohort["phenotypes"])
-    shown = "recall@1 chance@1 recall@5 chance@5 recall@10 chance@10 median_rank chance_rank n"
-    for name, run in runs.items():
-        columns = {key: (run["retrieval"], key) for key in shown.split()}
-        lines += markdown(f"retrieval, {name}", columns, run["retrieval"], ".3g")
-    return "\n".join(lines) + "\n"
+def draw_leads(axis, ecg_mv):
+    """3 s of leads I, V2 and V5 of (12, 2500) mV, each below the lowest point of the one before."""
+    seconds = np.arange(3 * data.SAMPLING_RATE_HZ) / data.SAMPLING_RATE_HZ
+    baselines = {}
+    top = 0.0
+    for name in ("I", "V2", "V5"):
+        lead = ecg_mv[data.LEADS.index(name), : len(seconds)]
+        lead = lead + top - lead.max()
+        axis.plot(seconds, lead, color="black", lw=0.6)
+        baselines[name] = np.median(lead)
+        top = lead.min() - 0.3
+    axis.plot([3.1, 3.1], [top, top + 1], color="black", lw=2)  # 1 mV
+    axis.set_yticks(list(baselines.values()), list(baselines))
+    axis.set_xlabel("time (s); bar: 1 mV", fontsize=8)
 
 
 # ---------------------------------------------------------------- command
 
 
 def parse_arguments():
-    raw = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    raw_text = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw_text)
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run folders; the first is compared with the others")
-    add("--data", metavar="PATH", help="cohort folder or manifest (default: that of the first RUN)")
-    add("--labels", nargs="+", default=[], metavar="N", help="label curve, e.g. 50 100 500 all")
-    add("--supervised", action="store_true", help="also train an ECG encoder on labels alone")
-    add("--bootstrap", type=int, default=1000, metavar="N", help="resamples of test (default 1000)")
-    add("--seed", type=int, default=0, help="default 0")
-    add("--predict", metavar="CSV", help="phenotypes of new ECGs (columns id, ecg), nothing else")
+    add("runs", nargs="+", metavar="RUN", help="run folders; eval/ is written into the first")
+    add("--data", metavar="PATH", help="cohort folder or manifest (default: of the first RUN)")
+    add("--supervised", action="store_true", help="also train an ECG encoder on labels (no)")
+    add("--labels", nargs="+", default=[], metavar="N", help="label curve: numbers or all (none)")
+    add("--bootstrap", type=int, default=1000, metavar="N", help="resamples of test (1000)")
+    add("--seed", type=int, default=0, metavar="N", help="of all random draws (0)")
+    add("--predict", metavar="CSV", help="only write predictions.csv for these new ECGs (no)")
     args = parser.parse_args()
-    for name, least, most in (("bootstrap", 1, 100_000), ("seed", 0, 2**63 - 1)):
-        rule = f"must be from {least} to {most}"
-        data.require(least <= getattr(args, name) <= most, f"--{name}", rule)
+    rule = "must be from 1 to 100000"
+    data.require(1 <= args.bootstrap <= 100_000, "--bootstrap", rule)
+    data.require(0 <= args.seed < 2**63, "--seed", "must be from 0 to 2^63 - 1")
+    data.require(len(args.runs) == 1 or not args.predict, "--predict", "takes a single RUN")
     return args
 
 
-def make_baselines(args, cohort, rows, ecg, first, device):
-    """What stands beside the runs: {name: features (N, D)}; ecg: features of the first run."""
-    baselines = {"mean": np.zeros((len(cohort["ids"]), 1))}
-    if cohort["covariates"]:
-        x = np.stack([cohort["columns"][name] for name in cohort["covariates"]], 1)
-        average = np.ma.masked_invalid(x[rows["train"]]).mean(0).filled(0)
-        x = baselines["covariates"] = np.where(np.isnan(x), average, x)
-        baselines[f"covariates+{first}"] = np.hstack([x, ecg])
-    torch.manual_seed(args.seed)
-    untrained = models.DualPhase(())
-    baselines["random_encoder"] = extract(untrained, cohort, device)["features"]["ecg"]
-    if args.supervised:
-        tell("supervised on all labels")
-        baselines["supervised"] = train_supervised(cohort, rows, device, args.seed)["outputs"]
-    return baselines
+def check_names(runs):
+    """A method's name is its key in metrics.json and features.npz: no two may share one."""
+    names = [run.name for run in runs]
+    for run in runs:
+        names += [f"{run.name}.{view}" for view in run.model.views]
+    unique = len(set(names)) == len(names) and not TAKEN_NAMES & set(names)
+    data.require(unique, "RUN", "two folders, or one and a baseline, share a name; rename one")
+
+
+def check_cohort(cohort, indices, args):
+    """Refuse what the cohort is too small for."""
+    for split in data.SPLITS:
+        n = len(indices[split])
+        data.require(n >= 3, cohort.folder, f"has {n} {split} subjects; evaluation needs 3")
+    if args.supervised or args.labels:
+        data.require(cohort.phenotypes, cohort.folder, "has no phenotypes to learn")
+        most = len(with_phenotype(cohort, indices["train"]))
+    for labels in args.labels:
+        is_number = labels.isascii() and labels.isdecimal()
+        allowed = labels == "all" or is_number and FEWEST_LABELS <= int(labels) <= most
+        rule = f"{labels} is neither all nor a number from {FEWEST_LABELS} to {most}"
+        data.require(allowed, "--labels", f"{rule}, the training subjects with a phenotype")
+
+
+def write_results(out, metrics, text, records, methods, cohort):
+    """metrics.json, table.md, labels.csv and features.npz."""
+    out.mkdir(exist_ok=True)
+    json_text = json.dumps(metrics, indent=1, allow_nan=False)
+    data.atomic_write(out / "metrics.json", lambda file: file.write(json_text.encode()))
+    data.atomic_write(out / "table.md", lambda file: file.write(text.encode()))
+    data.write_csv(out / "labels.csv", RECORD, records)
+    arrays = {method.name: method.features for method in methods}
+    save = partial(np.savez, id=cohort.ids, split=cohort.split, **arrays)
+    data.atomic_write(out / "features.npz", save)
+
+
+def write_figures(out, figures):
+    for path in out.glob("*.png"):  # of an earlier evaluation
+        path.unlink()
+    for name, figure in figures.items():
+        data.atomic_write(out / f"{name}.png", partial(figure.savefig, dpi=100, format="png"))
 
 
 def main():
-    data.keep_memory()
     args = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    runs = {run["name"]: run for run in map(load_run, args.runs)}
-    taken = {"mean", "covariates", "random_encoder", "supervised"}
-    unique = len({*runs} - taken) == len(args.runs)
-    data.require(unique, "RUN", "two folders, or one and a baseline, share a name; rename one")
-    cohort, first = choose_cohort(args.data, list(runs.values())), next(iter(runs))
-    rows = {name: np.flatnonzero(cohort["split"] == name) for name in data.SPLITS}
+    runs = [load_run(folder) for folder in args.runs]
+    check_names(runs)
+    cohort = choose_cohort(args.data, runs)
+    indices = {split: cohort.indices(split) for split in data.SPLITS}
+    check_cohort(cohort, indices, args)
     if args.predict:
-        predict(runs[first], cohort, rows, args.predict, device)
-        return 0
-    most = len(labelled(cohort, rows["train"]))
-    for count in args.labels:
-        possible = count == "all" or count.isdecimal() and 20 <= int(count) <= most
-        why = f"{count} is neither all nor a number from 20 to the {most} training subjects"
-        data.require(possible, "--labels", f"{why} with a phenotype")
-    targets = cohort["phenotypes"] + cohort["outcomes"]
-    if args.supervised and not (targets and len(rows["train"]) >= 8 and len(rows["val"])):
-        tell("supervised needs targets, 8 training and some validation subjects: left out")
-        args.supervised = False
+        return predict(runs[0], cohort, indices, Path(args.predict), device)
 
-    metrics, counts = defaultdict(dict), resamples(len(rows["test"]), args.bootstrap, args.seed)
-    results, encoders, arrays, embeddings = {}, {}, {}, {}
+    # Feature matrices of all that is probed
+    methods = []
+    for run in runs:
+        note(f"features of {run.name}")
+        methods += methods_of_run(run, cohort, device)
+    methods += make_baselines(methods[0], cohort, indices, args, device)
 
-    def probed(x, outcomes=True):
-        return probe(standardise(x, rows["train"]), cohort, rows, counts, outcomes)
+    # Probes, of outcomes only from the ECG's side
+    note("probes")
+    counts = bootstrap_counts(len(indices["test"]), args.bootstrap, args.seed)
+    for method in methods:
+        targets = cohort.phenotypes
+        if method.kind != "latent":
+            targets = cohort.phenotypes + cohort.outcomes
+        x = standardise(method.features, indices["train"])
+        method.scores = probe(x, cohort, indices, targets, counts)
+    for target in cohort.phenotypes + cohort.outcomes:
+        if target not in methods[0].scores.metrics:
+            note(f"{target} is left out: too few labels in a split, or only one value")
+    in_curve = [m for m in methods if m.kind == "run" or m.name in CURVE_BASELINES]
+    records = label_curve(in_curve, cohort, indices, args, device)
 
-    for name, run in runs.items():
-        tell(f"features of {name}")
-        found = extract(run["model"], cohort, device)
-        features, embeddings[name] = found["features"], found["embeddings"]
-        arrays |= {key if name == first else f"{name}.{key}": x for key, x in features.items()}
-        encoders[name] = features.pop("ecg")
-        results[name] = probed(encoders[name])
-        if len(features) == 2:
-            features["ed+es"] = np.hstack([*features.values()])
-        latents = {key: probed(x, outcomes=False) for key, x in features.items()}
-        metrics["groups"] |= {f"{name}.{key}": latent["groups"] for key, latent in latents.items()}
-        about = metrics["runs"][name] = {key: results[name][key] for key in ("probe", "outcomes")}
-        about["retrieval"] = retrieval(embeddings[name], rows["test"])
-        about["latents"] = {key: latent["probe"] for key, latent in latents.items()}
-    for target in (name for name in targets if name not in results[first]["samples"]):
-        tell(f"{target}: left out, as train or test knows too few labels or only one value")
-
-    baselines = make_baselines(args, cohort, rows, encoders[first], first, device)
-    for name, x in baselines.items():
-        results[name], arrays[name] = probed(x), x
-        metrics["baselines"][name] = results[name]["probe"]
-        metrics["baseline_outcomes"][name] = results[name]["outcomes"]
-    for name, result in results.items():
-        metrics["groups"][name] = result["groups"]
-        if name != first:
-            for key, table in compare(results[first], result).items():
-                metrics[key][f"{first}-{name}"] = table
-    encoders |= {k: x for k, x in baselines.items() if k in ("random_encoder", "supervised")}
-    metrics["labels"] = label_curve(encoders, cohort, rows, args.labels, device, args.seed)
-
-    out = runs[first]["folder"] / "eval"
-    out.mkdir(exist_ok=True)
-    text = table_text(metrics, cohort, rows, first)
-    data.write(out / "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
-    data.write(out / "table.md", lambda file: file.write(text.encode()))
-    arrays |= {"id": cohort["ids"], "split": cohort["split"]}
-    data.write(out / "features.npz", lambda file: np.savez(file, **arrays))
-    for name in FIGURES:  # those of an earlier evaluation may not stay
-        (out / f"{name}.png").unlink(missing_ok=True)
-    for name, figure in figures(metrics, results, first, cohort, rows, embeddings[first]):
-        data.write(out / f"{name}.png", partial(figure.savefig, dpi=100, format="png"))
+    # Results
+    metrics = collect_metrics(runs, methods, records, indices["test"])
+    text = table_text(metrics, methods, cohort, indices)
+    out = runs[0].folder / "eval"
+    write_results(out, metrics, text, records, methods, cohort)
+    write_figures(out, draw_figures(runs, methods, metrics, cohort, indices["test"]))
     print(f"{text}\nwrote {out}")
-    return 0
 
 
 if __name__ == "__main__":
-    data.exit_cleanly(main)
+    data.run_command(main)

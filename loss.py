@@ -1,44 +1,57 @@
-"""Loss: what compares embeddings across the batch, and gathers them across processes.
+"""Loss: what compares embeddings across the batch, and across processes.
 
-dual_phase_loss(embeddings, weights, temperature)   # the paper's loss, each term by name
-retrieval_ranks(a, b)                                # where each row's own partner is found
-backward(model, stream, ...)                         # gradients of the global batch, in pieces
+dual_phase_loss(embeddings, weights, temperature)    # the paper's loss, each term by name
+global_batch_backward(model, batch, micro_batch, …)  # its gradients, for batches too large for one
+                                                     # forward pass or spread over processes
+retrieval_ranks(queries, gallery)                    # where each query finds its own partner
 """
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-PAIRS = (("ecg", "ed"), ("ecg", "es"), ("ed", "es"))
+# The paper's terms are (ECG, ED), (ECG, ES) and (ED, ES). A pair counts where both are present.
+PAIRS = (("ecg", "ed"), ("ecg", "es"), ("ecg", "joint"), ("ed", "es"))
 
 
 def info_nce(a, b, temperature):
-    """Symmetric InfoNCE of unit vectors a, b (B, D): row k of a belongs to row k of b.
+    """Symmetric InfoNCE in nats of unit vectors a, b (B, D): row k of a belongs to row k of b.
 
-    1/2 [CE(a b^T / t) + CE(b a^T / t)] with the diagonal as the target (van den Oord 2018, Radford
-    2021). ln B means chance: each of B candidates is as likely as any other.
+    1/2 [CE(a b^T / τ) + CE(b a^T / τ)] with the diagonal as target (van den Oord 2018; Radford
+    2021). Chance is ln B: each of the B candidates is as likely as any other.
     """
-    logits = a @ b.T / temperature  # (B, B)
-    own = torch.arange(len(a), device=a.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    logits = a @ b.T / temperature  # (B, B): cosine similarities over τ
+    targets = torch.arange(len(a), device=a.device)
+    a_to_b = F.cross_entropy(logits, targets)
+    b_to_a = F.cross_entropy(logits.T, targets)
+    return (a_to_b + b_to_a) / 2
 
 
-def dual_phase_loss(embeddings, weights=(1, 1, 1), temperature=0.07):
-    """L = sum of w_ab InfoNCE(z_a, z_b) over (ECG, ED), (ECG, ES), (ED, ES).
+def dual_phase_loss(embeddings, weights=None, temperature=0.07):
+    """L = Σ w_ab InfoNCE(z_a, z_b) / Σ w_ab over the PAIRS that are present.
 
-    embeddings: {"ecg", "ed" and/or "es": (B, D) unit vectors}. Pairs with an absent phase are left
-    out, and the other weights rescaled to sum to 1. Returns {"total", "ecg_ed", "ecg_es", "ed_es"}
-    in nats for the pairs that are present, unweighted but for the total. Raises ValueError when a
+    embeddings: {"ecg", "ed", "es", "joint": (B, D) unit vectors}, those that the model has.
+    weights: {"ecg_ed": w, …}; a pair that is not named weighs 1, so that the paper's thirds are the
+    default. Returns {"total", "ecg_ed", …} in nats, the terms unweighted. Raises ValueError when a
     weight is negative or no present pair has a positive one.
     """
-    pairs = {pair: w for pair, w in zip(PAIRS, weights, strict=True) if {*pair} <= {*embeddings}}
-    scale = sum(pairs.values())
-    rule = "weights must not be negative, and at least one pair present needs a positive one"
-    if not scale > 0 or min(weights) < 0:
-        raise ValueError(rule)
-    terms = {f"{a}_{b}": info_nce(embeddings[a], embeddings[b], temperature) for a, b in pairs}
-    total = sum(w / scale * term for w, term in zip(pairs.values(), terms.values(), strict=True))
-    return {"total": total, **terms}
+    weights = weights or {}
+    losses = {}
+    weighted_sum = 0.0
+    weight_sum = 0.0
+    for a, b in PAIRS:
+        if a in embeddings and b in embeddings:
+            pair = f"{a}_{b}"
+            weight = weights.get(pair, 1.0)
+            if not weight >= 0:
+                raise ValueError(f"weight of {pair} must not be negative")
+            losses[pair] = info_nce(embeddings[a], embeddings[b], temperature)
+            weighted_sum = weighted_sum + weight * losses[pair]
+            weight_sum = weight_sum + weight
+    if weight_sum == 0:
+        raise ValueError("weights must be positive for at least one pair that is present")
+    losses["total"] = weighted_sum / weight_sum
+    return losses
 
 
 @torch.no_grad()
@@ -50,72 +63,83 @@ def retrieval_ranks(queries, gallery):
     """
     ranks = []
     for start in range(0, len(queries), 1024):
-        scores = queries[start : start + 1024] @ gallery.T  # (<=1024, N)
-        own = scores.diagonal(offset=start)[:, None]
-        ranks.append((~(scores < own)).sum(dim=1))  # so that NaN ranks last, too
+        scores = queries[start : start + 1024] @ gallery.T  # (<= 1024, N)
+        partner_scores = scores.diagonal(offset=start)[:, None]
+        not_worse = ~(scores < partner_scores)  # true for NaN, too: a broken model ranks last
+        ranks.append(not_worse.sum(dim=1))
     return torch.cat(ranks)
 
 
-class Gather(torch.autograd.Function):
-    """Rows of all processes in rank order; backward returns the gradient of one's own rows.
+# ---------------------------------------------------------------- large and distributed batches
 
-    Every process then computes the same full loss, and average_gradients takes the mean over W
-    processes. An encoder saw only its own rows in each, so that the mean would be 1/W of the sum
-    over rows: hence the factor W. Heads have the full gradient in every process, which averaging
-    does not change.
+
+def global_batch_backward(model, batch, micro_batch, autocast, weights, temperature):
+    """Put in .grad the gradients of the loss over the global batch; returns its losses, detached.
+
+    batch: this process's share of the global batch. micro_batch: how many pairs to encode at a
+    time. Every ECG sees all hearts of the global batch as negatives, with the memory of one
+    micro-batch: the graph is cut at the features (gradient cache, Gao 2021). That is exact because
+    encoders have no batch statistics: a subject's features do not depend on its neighbours.
+    autocast: the context of the encoders' forward pass.
     """
+    chunks = split_batch(batch, micro_batch)
 
-    @staticmethod
-    def forward(ctx, rows):  # (B / W, D) -> (B, D)
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+    # 1. Encode all subjects without a graph, and gather them from all processes.
+    features = {}
+    with torch.no_grad(), autocast:
+        encoded = [model(chunk) for chunk in chunks]
+    for name in encoded[0]:
+        local_features = torch.cat([chunk_features[name] for chunk_features in encoded])
+        features[name] = gather(local_features).requires_grad_()  # (B, D), leaves of a new graph
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
+    # 2. Heads and loss over the global batch. Each leaf's .grad becomes dL/dfeatures (B, D), and
+    #    the heads' gradients are whole: every process has seen all rows.
+    losses = dual_phase_loss(model.embed(features), weights, temperature)
+    losses["total"].backward()
+
+    # 3. Encode again, with a graph, and send each chunk its rows of dL/dfeatures back.
+    start = len(batch["ecg"]) * process_rank()
+    for chunk in chunks:
+        with autocast:
+            chunk_features = model(chunk)
+        stop = start + len(chunk["ecg"])
+        feature_grads = [features[name].grad[start:stop] for name in chunk_features]
+        torch.autograd.backward(list(chunk_features.values()), feature_grads)
+        start = stop
+
+    # 4. An encoder has seen this process's rows only: the sum over processes is its gradient.
+    sum_gradients(model.encoders)
+    return {name: value.detach() for name, value in losses.items()}
+
+
+def split_batch(batch, size):
+    """{name: (B, …)} -> a list of batches of at most `size` subjects, as views."""
+    names = list(batch)
+    pieces = zip(*[batch[name].split(size) for name in names], strict=True)
+    return [dict(zip(names, piece, strict=True)) for piece in pieces]
+
+
+def process_rank():
+    """Number of this process among those of torchrun; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def gather(features):
-    """{name: (B / W, D)} of this process -> {name: (B, D)} of all; unchanged with one process."""
+    """(B / world size, D) of each process -> (B, D) in the order of ranks, without a graph."""
     if not dist.is_initialized():
         return features
-    rows = Gather.apply(torch.stack([*features.values()], dim=1))  # (B, names, D) in one message
-    return dict(zip(features, rows.unbind(dim=1), strict=True))
+    gathered = [torch.empty_like(features) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, features.contiguous())
+    return torch.cat(gathered)
 
 
-def average_gradients(model):
-    """Put in .grad its mean over all processes, in one message; unchanged with one process."""
+def sum_gradients(module):
+    """Replace every .grad by its sum over all processes, in one message."""
     if not dist.is_initialized():
         return
-    gradients = [parameter.grad for parameter in model.parameters()]
-    whole = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(whole)
-    means = (whole / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
-    for gradient, mean in zip(gradients, means, strict=True):
-        gradient.copy_(mean.view_as(gradient))
-
-
-def backward(model, stream, pieces, weights, temperature):
-    """Accumulate in .grad the gradients of the loss over the global batch; returns its terms.
-
-    stream gives the batch, or this process's part of it, in so many pieces. With more than one,
-    memory is that of a piece, and gradients are the same (gradient cache, Gao 2021): encode without
-    graph, take the loss over all features and its gradient at the features, then encode each piece
-    again, which stream must give a second time in the same order, with graph and send the gradient
-    back.
-    """
-    with torch.set_grad_enabled(pieces == 1):
-        encoded = [model(next(stream)) for _ in range(pieces)]
-    features = {n: torch.cat([piece[n] for piece in encoded]).requires_grad_() for n in encoded[0]}
-    terms = dual_phase_loss(model.embed(gather(features)), weights, temperature)
-    terms["total"].backward()
-    if pieces > 1:
-        sizes = [len(piece["ecg"]) for piece in encoded]
-        slopes = {name: x.grad.split(sizes) for name, x in features.items()}
-        for k in range(pieces):
-            piece = model(next(stream))
-            # The gradient of this sum is the loss's at this piece's features.
-            sum((piece[name] * slopes[name][k]).sum() for name in piece).backward()
-    average_gradients(model)
-    return {name: term.detach() for name, term in terms.items()}
+    grads = [parameter.grad for parameter in module.parameters()]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    sizes = [grad.numel() for grad in grads]
+    for grad, summed in zip(grads, flat.split(sizes), strict=True):
+        grad.copy_(summed.view_as(grad))

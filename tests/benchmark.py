@@ -1,9 +1,10 @@
-"""Speed and memory of training and of prepare, as a Markdown table: python tests/benchmark.py
+"""Speed and memory of training, as a Markdown table: python tests/benchmark.py [--device cuda]
 
-Every case is train.py itself in child processes of its own, on a cohort made of 256 prepared
-subjects, repeated. Run it on an idle machine; it takes some minutes and, for a while, 6 GB of disk.
+Each case is train.py itself in processes of its own, on a cohort of 256 synthetic subjects that are
+repeated. Run it on an idle machine; it takes some minutes and, for a while, 6 GB of disk.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -13,175 +14,161 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import loss
 import models
+import synthetic
 import train
 
-PREPARED, EPOCHS = 256, 3  # the first epoch only warms up
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-HALF, MICRO = max(1, CORES // 2), ["--micro-batch", "64"]
-# What it is, subjects, batch, more arguments, processes, threads a process.
-CASES = [
-    ("default", 3_000, 64, [], 1, CORES),
-    ("34,000 subjects", 34_000, 64, ["--epochs", "2"], 1, CORES),
-    ("amp", 3_000, 64, ["--amp"], 1, CORES),
-    ("batch 1,024", 3_000, 1024, [], 1, CORES),
-    ("batch 1,024, micro 64", 3_000, 1024, MICRO, 1, CORES),
-    ("batch 1,024, micro 64, amp", 3_000, 1024, [*MICRO, "--amp"], 1, CORES),
-    ("2 processes", 3_000, 64, [], 2, HALF),
-    ("2 processes, batch 1,024, micro 64", 3_000, 1024, MICRO, 2, HALF),
+EPOCHS = 3  # the first one warms up and is not counted
+CORES = os.cpu_count()
+# Title, subjects, processes, arguments of train.py.
+CPU_CASES = [
+    ("default", 3_000, 1, ""),
+    ("34,000 subjects", 34_000, 1, ""),
+    ("1 worker", 3_000, 1, "--workers 1"),
+    ("amp", 3_000, 1, "--amp"),
+    ("batch 1,024", 3_000, 1, "--batch-size 1024"),
+    ("batch 1,024, micro-batch 64", 3_000, 1, "--batch-size 1024 --micro-batch 64"),
+    ("2 processes", 3_000, 2, ""),
+    ("2 processes, batch 1,024, micro 64", 3_000, 2, "--batch-size 1024 --micro-batch 64"),
+]
+CUDA_CASES = [
+    ("default, no workers", 3_000, 1, "--workers 0"),
+    ("4 workers", 3_000, 1, "--workers 4"),
+    ("8 workers", 3_000, 1, "--workers 8"),
+    ("8 workers, no amp", 3_000, 1, "--workers 8 --no-amp"),
+    ("34,000 subjects", 34_000, 1, "--workers 8"),
+    ("batch 1,024", 34_000, 1, "--workers 8 --batch-size 1024"),
+    ("batch 1,024, no amp", 34_000, 1, "--workers 8 --batch-size 1024 --no-amp"),
+    ("batch 1,024, no workers", 34_000, 1, "--workers 0 --batch-size 1024"),
+    ("batch 8,192, micro 1,024", 34_000, 1, "--workers 8 --batch-size 8192 --micro-batch 1024"),
 ]
 
 
-def matrix_multiply_rate(dtype, size=2048, repeats=15):
-    """Floating point operations a second of torch.mm, the median of several."""
-    a, b = torch.randn(2, size, size).to(dtype)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(cpu)")
+    parser.add_argument("--subjects", type=int, help=argparse.SUPPRESS)  # to try it quickly
+    args = parser.parse_args()
+    is_cuda = args.device == "cuda"
+    name = torch.cuda.get_device_name() if is_cuda else f"{platform.machine()}, {CORES} cores"
+    flops = flops_of_a_pair()
+    rates = {dtype: multiply_rate(dtype, args.device) for dtype in ("float32", "bfloat16")}
+    print(f"{name}, torch {torch.__version__}; {flops / 1e6:.0f} MFLOP a pair; matrix multiply")
+    for dtype, rate in rates.items():
+        print(f"{rate / 1e12:.2f} TFLOP/s in {'tf32' if is_cuda and dtype == 'float32' else dtype}")
+    print("\n| case | pairs/s | share of matrix-multiply rate | waiting for data | peak memory |")
+    print("|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for title, subjects, processes, words in CUDA_CASES if is_cuda else CPU_CASES:
+            cohort = make_cohort(Path(folder), args.subjects or subjects)
+            result = run_case(cohort, processes, ["--device", args.device, *words.split()])
+            is_amp = "--amp" in words or is_cuda and "--no-amp" not in words
+            rate = rates["bfloat16" if is_amp else "float32"]
+            share = result["pairs_per_s"] * flops / rate
+            columns = [title, f"{result['pairs_per_s']:.0f}", f"{share:.0%}"]
+            columns += [f"{result['waiting']:.1%}", f"{result['peak_mb']:,.0f} MB"]
+            print(f"| {' | '.join(columns)} |", flush=True)
+
+
+def flops_of_a_pair():
+    """Of one plain step, forward and backward; what a micro-batch encodes twice counts once."""
+    model = models.DualPhase(train.DEFAULT_VIEWS, data.GRID[0])
+    images = {phase: torch.rand(8, 1, *data.GRID) for phase in data.PHASES}
+    batch = {"ecg": torch.randn(8, *data.ECG_SHAPE), **images}
+    with FlopCounterMode(display=False) as counter:
+        loss.dual_phase_loss(model.embed(model(batch)))["total"].backward()
+    return counter.get_total_flops() / 8
+
+
+def multiply_rate(dtype, device, repeats=15):
+    """Floating point operations a second of a large matrix product, the median of several."""
+    size = 8192 if device == "cuda" else 2048
+    torch.set_float32_matmul_precision("high")  # tf32, which only CUDA has
+    a, b = torch.randn(2, size, size, device=device, dtype=getattr(torch, dtype))
     seconds = []
     for _ in range(repeats + 3):
         started = time.perf_counter()
-        torch.mm(a, b)
+        (a @ b)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - started)
     return 2 * size**3 / statistics.median(seconds[3:])
 
 
-def random_batch(size):
-    """Noise in the shapes of data.read_batch, as speed does not depend on what is in a batch."""
-    images = {phase: torch.rand(size, 1, *data.GRID) for phase in ("ed", "es")}
-    return {"ecg": torch.randn(size, 12, 2500), **images}
+def make_cohort(folder, count):
+    """A cohort of `count` subjects, the same 256 again and again; kept for the next case."""
+    cohort = folder / f"cohort{count}"
+    if not cohort.exists():
+        examined = [synthetic.simulate_subject(0, subject) for subject in range(min(256, count))]
+
+        def repeated():
+            for k in range(count):
+                subject = examined[k % len(examined)]
+                row = {**subject.row, "id": str(k), "split": data.split_of(str(k))}
+                yield data.Subject(row, subject.arrays)
+
+        data.write_cohort(cohort, repeated(), synthetic.COLUMNS, {"kind": "synthetic"})
+    return cohort
 
 
-def flops_of_a_pair(size=64):
-    """Of one plain training step, forward and backward; encoding twice is no extra credit."""
-    model = models.DualPhase()
-    batch = random_batch(size)
-    with FlopCounterMode(display=False) as counter:
-        loss.backward(model, iter([batch]), 1, (1, 1, 1), 0.07)
-    return counter.get_total_flops() / size
+def run_case(cohort, processes, words):
+    """train.py in new processes, each through `measure`: what that writes."""
+    result = cohort.parent / "result.json"
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [__file__, "--measure", str(result), "--data", str(cohort), "--overwrite"]
+    command += ["--out", str(cohort.parent / "run"), "--epochs", str(EPOCHS), *words]
+    threads = {"OMP_NUM_THREADS": str(max(1, CORES // processes))}
+    finished = subprocess.run(command, env={**os.environ, **threads}, stderr=subprocess.PIPE)
+    if finished.returncode:
+        sys.exit(finished.stderr.decode())
+    return json.loads(result.read_text())
 
 
-def step_seconds(size=64, repeats=30):
-    """One training step on a batch that lies in memory, nothing else running: median seconds."""
-    model = models.DualPhase()
-    optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.05), fused=True)
-    batch = random_batch(size)
-    seconds = []
-    for _ in range(repeats + 5):
+def measure(path):
+    """Run train.py in this process with a clock around its loader; the main process writes path."""
+    passes = []  # over training and validation batches in turn
+    make_loader = data.make_loader
+
+    def timed(dataset, keys, workers=0):
         started = time.perf_counter()
-        loss.backward(model, iter([batch]), 1, (1, 1, 1), 0.07)
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[5:])
+        loader = iter(make_loader(dataset, keys, workers))
+        waiting = 0.0
+        for _ in keys:
+            asked = time.perf_counter()
+            stored = next(loader)
+            waiting += time.perf_counter() - asked
+            yield stored
+        seconds = time.perf_counter() - started
+        pairs = sum(len(indices) for _, indices in keys) * int(os.environ.get("WORLD_SIZE", 1))
+        passes.append({"pairs": pairs, "seconds": seconds, "waiting": waiting})
 
-
-def make_cohorts(folder):
-    """Prepare raw files, timed, then repeat the subjects. Returns prepare's subjects a second."""
-    data.write_demo(folder / "demo", PREPARED)
-    started = time.perf_counter()
-    data.prepare(folder / "demo" / "manifest.csv", folder / "small")
-    rate = PREPARED / (time.perf_counter() - started)
-    arrays = {name: np.load(folder / "small" / f"{name}.npy") for name in ("ecg", "ed", "es")}
-    table = data.read_table(folder / "small" / "subjects.csv", ["id"])
-
-    def repeated(subjects):
-        splits = np.repeat(data.SPLITS, [subjects * share // 100 for share in (70, 15, 15)])
-        for k, split in enumerate(splits):
-            one = {name: array[k % len(array)] for name, array in arrays.items()}
-            row = table[k % len(table)] | {"id": str(k), "split": split}
-            yield one | {"warnings": [], "row": row}
-
-    for subjects in {case[1] for case in CASES}:
-        cohort, source = folder / str(subjects), {"kind": "test"}
-        columns, made = data.SYNTHETIC_COLUMNS, repeated(subjects)
-        data.write_cohort(cohort, made, columns, data.GRID, data.SPACING_MM, source)
-    return rate
-
-
-def measured(results):
-    """Run train.py as argv says, with clocks around the data; write down the result."""
-    epochs, read_ahead = [], data.read_ahead
-
-    def timed(load, tasks):
-        batches, waited, asked = read_ahead(load, tasks), [], []
-        if isinstance(load, partial):  # a pass of training, not of validation
-            epochs.append({"asked": asked, "waited": waited})
-        while True:
-            asked.append(time.perf_counter())
-            batch = next(batches, None)
-            waited.append(time.perf_counter() - asked[-1])
-            if batch is None:
-                return
-            yield batch
-
-    data.read_ahead = timed
+    data.make_loader = timed
     code = train.main()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak_mb = peak / (2**20 if platform.system() == "Darwin" else 2**10)
-    shares = []
-    for epoch in epochs[1:]:  # the first one warms up; of the last piece no end is known
-        pieces = len(epoch["asked"])
-        seconds = (epoch["asked"][-1] - epoch["asked"][0]) * pieces / (pieces - 1)
-        shares.append({"seconds": seconds, "waited": sum(epoch["waited"])})
-    result = {name: statistics.median(share[name] for share in shares) for name in shares[0]}
-    Path(f"{results}.{os.environ.get('RANK', 0)}").write_text(json.dumps(result | {"mb": peak_mb}))
+    if os.environ.get("RANK", "0") == "0":
+        training = passes[2::2]  # from the second epoch on
+        seconds = sum(row["seconds"] for row in training)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        result = {"pairs_per_s": sum(row["pairs"] for row in training) / seconds}
+        result["waiting"] = sum(row["waiting"] for row in training) / seconds
+        Path(path).write_text(json.dumps({**result, "peak_mb": peak}))
     return code
 
 
-def run(folder, subjects, batch, more, processes, threads):
-    """One case in child processes: what `measured` wrote, of each process."""
-    results = folder / "result"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launch if processes > 1 else []), __file__, str(results)]
-    command += ["--data", folder / str(subjects), "--out", folder / "run", "--overwrite"]
-    command += ["--epochs", str(EPOCHS), "--batch-size", str(batch), *more]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return [json.loads(Path(f"{results}.{rank}").read_text()) for rank in range(processes)]
-
-
-def main():
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepared = make_cohorts(folder)
-        torch.set_num_threads(CORES)
-        data.keep_memory()  # as train.py does
-        flops = flops_of_a_pair()
-        rates = {kind: matrix_multiply_rate(kind) for kind in (torch.float32, torch.bfloat16)}
-        print(f"\n{platform.machine()}, {CORES} cores, torch {torch.__version__}; "
-              f"matrix multiply {rates[torch.float32] / 1e9:.0f} GFLOP/s in float32, "
-              f"{rates[torch.bfloat16] / 1e9:.0f} in bfloat16; {flops / 1e6:.0f} MFLOP a pair; "
-              f"prepare: {prepared:.0f} subjects/s")  # fmt: skip
-        alone = 64 / step_seconds()
-        share = alone * flops / rates[torch.float32]
-        print(f"The step alone, on one batch of 64 in memory: {alone:.0f} pairs/s, {share:.0%}\n")
-        print("| case | processes × threads | pairs/s | share of matrix-multiply rate | "
-              "waiting for data | peak memory a process |")  # fmt: skip
-        print("|---" * 6 + "|")
-        for title, subjects, batch, more, processes, threads in CASES:
-            ranks = run(folder, subjects, batch, more, processes, threads)
-            seconds = max(rank["seconds"] for rank in ranks)
-            pairs = subjects * 70 // 100 // batch * batch / seconds
-            share = pairs * flops / rates[torch.bfloat16 if "--amp" in more else torch.float32]
-            waiting = max(rank["waited"] for rank in ranks) / seconds
-            peak = max(rank["mb"] for rank in ranks)
-            print(f"| {title} | {processes} × {threads} | {pairs:.0f} | {share:.0%} | "
-                  f"{waiting:.1%} | {peak:,.0f} MB |", flush=True)  # fmt: skip
-
-
-if __name__ == "__main__" and len(sys.argv) > 1:
-    results = sys.argv.pop(1)
-    data.exit_cleanly(lambda: measured(results))
-elif __name__ == "__main__":
+if __name__ == "__main__":
+    if "--measure" in sys.argv:
+        place = sys.argv.index("--measure")
+        result_path = sys.argv[place + 1]
+        del sys.argv[place : place + 2]
+        data.run_command(lambda: measure(result_path))
     main()

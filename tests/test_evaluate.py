@@ -1,36 +1,40 @@
 """Probes and scores against written-out formulas, honesty of the protocol, and the command."""
 
+import argparse
 import csv
+import dataclasses
 import json
+import math
 import pickle
-from functools import partial
+import shutil
+from pathlib import Path
 
-import calibrate
 import numpy as np
 import pytest
 import torch
-from scipy import optimize
+from scipy import optimize, stats
 
 import data
 import evaluate
 import models
+import synthetic
 
 RNG = np.random.default_rng(0)
 
 
-def make_run(folder, cohort, phases=("ed", "es"), **changes):
+def make_run(folder, cohort, views=("ed", "es"), slices=12):
     """A run folder with an untrained model, as train.py would leave it."""
     torch.manual_seed(0)
-    state = {"model": models.DualPhase(phases).state_dict(), "optimizer": {}, "epoch": 1}
-    state["args"] = {"phases": list(phases), "data": str(cohort["folder"])}
-    state |= {"cohort": cohort["fingerprint"], "grid": list(cohort["grid"])} | changes
+    args = {"views": list(views), "slices": slices, "data": str(cohort.folder)}
+    model = models.build(argparse.Namespace(**args))
+    state = {"model": model.state_dict(), "args": args, "cohort": cohort.fingerprint, "log": []}
     folder.mkdir(parents=True)
     torch.save(state, folder / "best.pt")
     return folder
 
 
-def split_rows(cohort):
-    return {name: np.flatnonzero(cohort["split"] == name) for name in ("train", "val", "test")}
+def splits(cohort):
+    return {split: cohort.indices(split) for split in data.SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -38,36 +42,42 @@ def cohort(cohort_folder):
     return data.open_cohort(cohort_folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def problem():
-    """Features that know a little of a phenotype and an outcome; 180 train, 60 val, 60 test."""
+    """Features (300, 8) that know a little of two phenotypes and an outcome, and their cohort."""
     x = np.random.default_rng(1).normal(size=(300, 8))
     y = x[:, 0] + np.random.default_rng(2).normal(size=300)
-    columns = {"LVEF_pct": y * 5 + 60, "sick": (y > 0.5).astype(float)}
+    columns = {"LVM_g": y * 20 + x[:, 1] * 20, "LVEF_pct": y * 5 + 60, "sick": 1.0 * (y > 0.5)}
     split = np.array(["train", "train", "train", "val", "test"] * 60)
-    table = {"phenotypes": ["LVEF_pct"], "outcomes": ["sick"], "columns": columns, "split": split}
-    return {"x": x, "cohort": table, "rows": split_rows(table)}
+    targets = {"phenotypes": ["LVM_g", "LVEF_pct"], "outcomes": ["sick"], "covariates": []}
+    rest = {"folder": Path("none"), "ids": split, "source": {}, "fingerprint": ""}
+    return x, data.Cohort(split=split, columns=columns, **targets, **rest)
+
+
+def probe(x, cohort, targets=("LVM_g", "LVEF_pct", "sick")):
+    counts = evaluate.bootstrap_counts(len(cohort.indices("test")), 50, 0)
+    return evaluate.probe(x, cohort, splits(cohort), targets, counts)
 
 
 # ---------------------------------------------------------------- formulas
 
 
-def test_ridge_solves_the_normal_equations():
-    x, y = RNG.normal(size=(40, 6)) + 1, RNG.normal(size=40) + 3
-    got = evaluate.ridge(x, y, np.array([0.1, 10.0]))
-    center = x.mean(0)
+def test_ridge_is_least_squares_with_penalty_rows():
+    x = RNG.normal(size=(40, 6)) + 1
+    y = RNG.normal(size=40) + 3
+    weights = evaluate.ridge(x, y, np.array([0.1, 10.0]))
     for k, alpha in enumerate((0.1, 10.0)):
-        a = (x - center).T @ (x - center) + alpha * np.eye(6)
-        wanted = np.linalg.solve(a, (x - center).T @ (y - y.mean()))
-        np.testing.assert_allclose(got[:-1, k], wanted, rtol=1e-9)
-        np.testing.assert_allclose(got[-1, k], y.mean() - center @ wanted, rtol=1e-9)
+        penalty = np.hstack([np.sqrt(alpha) * np.eye(6), np.zeros((6, 1))])
+        design = np.vstack([np.column_stack([x, np.ones(40)]), penalty])
+        expected = np.linalg.lstsq(design, np.append(y, np.zeros(6)), rcond=None)[0]
+        np.testing.assert_allclose(weights[:, k], expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("separable", [False, True])
-def test_logistic_minimises_its_objective(separable):
+@pytest.mark.parametrize("noise", [0, 1], ids=["separable", "noisy"])
+def test_logistic_minimises_its_objective(noise):
     x = RNG.normal(size=(80, 4))
-    y = (x[:, 0] + (0 if separable else 1) * RNG.normal(size=80) > 0.3).astype(float)
-    got = evaluate.logistic(x, y, np.array([0.1, 10.0]))
+    y = (x[:, 0] + noise * RNG.normal(size=80) > 0.3).astype(float)
+    weights = evaluate.logistic(x, y, np.array([0.1, 10.0]))
 
     def objective(w, alpha):
         z = x @ w[:-1] + w[-1]
@@ -75,176 +85,210 @@ def test_logistic_minimises_its_objective(separable):
 
     for k, alpha in enumerate((0.1, 10.0)):
         best = optimize.minimize(objective, np.zeros(5), alpha, tol=1e-10)
-        np.testing.assert_allclose(got[:, k], best.x, atol=1e-3)
-        assert objective(got[:, k], alpha) <= best.fun + 1e-7
+        np.testing.assert_allclose(weights[:, k], best.x, atol=1e-3)
+        assert objective(weights[:, k], alpha) <= best.fun + 1e-7
 
 
 def test_r2_is_measured_against_the_training_mean():
-    y, p = np.array([1.0, 2.0, 4.0]), np.array([1.0, 3.0, 3.0])
     # squared errors 0, 1, 1; squared distances from the mean 2 of other subjects 1, 0, 4
-    assert evaluate.r2(y, p, 2.0, np.ones((1, 3))) == pytest.approx(1 - 2 / 5)
-    assert evaluate.r2(y, p, 2.0, np.array([[2, 0, 1]])) == pytest.approx(1 - 1 / 6)
+    counts = np.array([[1, 1, 1], [2, 0, 1]])
+    r2 = evaluate.r2_samples(np.array([1.0, 2, 4]), np.array([1.0, 3, 3]), 2.0, counts)
+    np.testing.assert_allclose(r2, [1 - 2 / 5, 1 - 1 / 6])
 
 
 def test_auroc_counts_pairs_and_half_the_ties():
-    y, score = RNG.integers(0, 2, 60).astype(float), RNG.integers(0, 8, 60) / 8
-    counts = evaluate.resamples(60, 3, 0)
-    for row, got in zip(counts, evaluate.auroc(y, score, counts), strict=True):
+    y = RNG.integers(0, 2, 60).astype(float)
+    score = RNG.integers(0, 8, 60) / 8
+    counts = evaluate.bootstrap_counts(60, 3, 0)
+    assert (counts[0] == 1).all() and (counts.sum(1) == 60).all()
+    for row, auroc in zip(counts, evaluate.auroc_samples(y, score, counts), strict=True):
         drawn = np.repeat(np.arange(60), row.astype(int))
-        positive, negative = (score[drawn[y[drawn] == k]] for k in (1, 0))
-        wins = positive[:, None] > negative
-        ties = positive[:, None] == negative
-        assert got == pytest.approx((wins + ties / 2).mean())
-    assert np.isnan(evaluate.auroc(np.ones(3), np.arange(3.0), np.ones((1, 3))))
+        positive = score[drawn[y[drawn] == 1]]
+        negative = score[drawn[y[drawn] == 0]]
+        pairs = [(p > n) + (p == n) / 2 for p in positive for n in negative]
+        assert auroc == pytest.approx(np.mean(pairs))
 
 
 def test_average_precision_by_hand():
-    y, score = np.array([1.0, 0, 1, 0]), np.array([0.9, 0.8, 0.7, 0.1])
-    assert evaluate.average_precision(y, score) == pytest.approx((1 / 1 + 2 / 3) / 2)
-    # one level of ties: precision is the prevalence
-    assert evaluate.average_precision(y, np.zeros(4)) == pytest.approx(0.5)
+    y = np.array([1.0, 0, 1, 0])
+    precision = evaluate.average_precision(y, np.array([0.9, 0.8, 0.7, 0.1]))
+    assert precision == pytest.approx((1 / 1 + 2 / 3) / 2)
+    assert evaluate.average_precision(y, np.zeros(4)) == pytest.approx(0.5)  # ties: the prevalence
 
 
-def test_bootstrap_intervals_cover_as_announced():
-    hits, n = 0, 60
-    for trial in range(200):
-        y = np.random.default_rng(trial).normal(size=n)
-        p = 0.5 * y + np.random.default_rng([trial, 1]).normal(size=n) * 0.5
-        samples = evaluate.r2(y, p, 0.0, evaluate.resamples(n, 200, trial))
-        low, high = evaluate.summary(samples, "r2")["r2_ci"]
-        hits += low <= 0.5 <= high  # 1 - (0.25 + 0.25) / 1
-    assert 0.88 <= hits / 200 <= 0.99
+def test_groups_are_means_over_their_phenotypes(problem):
+    scores = probe(*problem)
+    lvm = scores.samples["LVM_g"]
+    lvef = scores.samples["LVEF_pct"]
+    for group, samples in {"structural": lvm, "functional": lvef, "all": (lvm + lvef) / 2}.items():
+        assert scores.groups[group]["r2"] == pytest.approx(samples[0])
+        np.testing.assert_allclose(
+            scores.groups[group]["r2_ci"], np.percentile(samples, [2.5, 97.5])
+        )
+    names = "LVEDV_ml LVESV_ml LVSV_ml LVEF_pct LVM_g LVCO_l_min LEFT_atrium_ml peak_strain_pct"
+    groups = evaluate.group_phenotypes(names.split())
+    assert groups["structural"] == ["LVEDV_ml", "LVM_g", "LEFT_atrium_ml"]
 
 
-def test_metrics_of_a_probe(problem):
-    x, cohort, rows = problem["x"], problem["cohort"], problem["rows"]
-    counts = evaluate.resamples(len(rows["test"]), 50, 0)
-    got = evaluate.probe(x, cohort, rows, counts)
-    y, p = cohort["columns"]["LVEF_pct"][rows["test"]], got["predictions"]["LVEF_pct"][rows["test"]]
-    found = got["probe"]["LVEF_pct"]
-    assert found["mae"] == pytest.approx(np.abs(y - p).mean())
-    assert found["pearson"] == pytest.approx(np.corrcoef(y, p)[0, 1])
-    assert found["n_test"] == 60 and 0.2 < found["r2"] < 0.7
-    assert got["outcomes"]["sick"]["prevalence"] == cohort["columns"]["sick"][rows["test"]].mean()
-    assert got["groups"].keys() == {"functional"}
+def test_differences_are_paired(problem):
+    x, cohort = problem
+    noise = np.random.default_rng(4).normal(size=x.shape)
+    a = probe(x, cohort)
+    b = probe(x + 0.3 * noise, cohort)
+    for entry in evaluate.compare(a, a).values():
+        assert set(entry) <= {"difference", "ci", "relative", "relative_ci"}
+        assert not np.any([*entry.values()][0]) and entry["ci"] == [0, 0]
+    gain = evaluate.compare(a, b)["structural"]
+    r2_a = a.groups["structural"]
+    r2_b = b.groups["structural"]
+    assert gain["difference"] == pytest.approx(r2_a["r2"] - r2_b["r2"])
+    relative = a.samples["structural"] / b.samples["structural"] - 1
+    assert gain["relative"] == relative[0] == r2_a["r2"] / r2_b["r2"] - 1
+    np.testing.assert_allclose(gain["relative_ci"], np.percentile(relative, [2.5, 97.5]))
+    # the same resamples on both sides: narrower than an interval of either
+    assert np.ptp(gain["ci"]) < min(np.ptp(r2_a["r2_ci"]), np.ptp(r2_b["r2_ci"]))
+    # nothing is told relative to what may be nothing
+    assert "relative" not in evaluate.compare(a, probe(noise, cohort))["functional"]
 
 
-def test_difference_of_a_probe_with_itself_is_nothing(problem):
-    counts = evaluate.resamples(60, 50, 0)
-    got = evaluate.probe(problem["x"], problem["cohort"], problem["rows"], counts)
-    table = evaluate.compare(got, got)
-    assert table["paired"]["LVEF_pct"] == {"delta_r2": 0, "ci": [0, 0]}
-    assert table["paired_outcomes"]["sick"] == {"delta_auroc": 0, "ci": [0, 0]}
-    assert table["relative"]["functional"] == {"relative": 0, "ci": [0, 0]}
+def test_retrieval_by_hand():
+    # ECG 0 finds heart 0 first; ECG 1 after heart 2; ECG 2 after both others
+    similarity = torch.tensor([[0.9, 0.1, 0.3], [0.0, 0.5, 0.8], [0.4, 0.3, 0.1]])
+    directions = evaluate.retrieval({"ecg": similarity, "ed": torch.eye(3)}, np.arange(3))
+    assert directions.keys() == {"ecg_to_ed", "ed_to_ecg"}
+    found = directions["ecg_to_ed"]
+    assert found["recall@1"] == pytest.approx(1 / 3) and found["recall@5"] == 1
+    assert (found["median_rank"], found["chance_rank"], found["n"]) == (2, 2, 3)
 
 
-def test_groups_by_name():
-    names = ["LVEDV_ml", "LVESV_ml", "LVSV_ml", "LVEF_pct", "LVM_g", "RVEF_pct", "LEFT_atrium_ml"]
-    got = evaluate.groups(names)
-    assert got["structural"] == ["LVEDV_ml", "LVM_g", "LEFT_atrium_ml"]
+def test_retrieval_intervals_are_exact():
+    found = evaluate.score_ranks(RNG.permutation(100) + 1)
+    assert found["recall@5"] == found["chance@5"] == 0.05
+    exact = stats.beta.ppf(0.025, 5, 96), stats.beta.ppf(0.975, 6, 95)  # Clopper and Pearson
+    np.testing.assert_allclose(found["recall@5_ci"], exact)
+    assert found["median_rank_ci"] == [40, 61]  # binomial order statistics of 100
 
 
 # ---------------------------------------------------------------- honesty
 
 
 @pytest.mark.parametrize("target", ["LVEF_pct", "sick"])
-def test_alpha_is_chosen_on_validation(problem, target):
-    x, rows, y = problem["x"], problem["rows"], problem["cohort"]["columns"][target]
-    binary, errors = target == "sick", []
+def test_alpha_is_chosen_on_validation_and_test_is_never_looked_at(problem, target):
+    x, cohort = problem
+    indices = splits(cohort)
+    y = cohort.columns[target]
+    binary = target == "sick"
+    val = indices["val"]
+    errors = []
     for alpha in evaluate.ALPHAS:
         solve = evaluate.logistic if binary else evaluate.ridge
-        w = solve(x[rows["train"]], y[rows["train"]], np.array([alpha]))[:, 0]
-        z, truth = x[rows["val"]] @ w[:-1] + w[-1], y[rows["val"]]
-        loss = np.logaddexp(0, z) - truth * z if binary else (z - truth) ** 2
-        errors.append(loss.mean())
-    got = evaluate.fit(x, y, rows, binary)["alpha"]
-    assert errors[list(evaluate.ALPHAS).index(got)] == pytest.approx(min(errors), rel=1e-6)
+        w = solve(x[indices["train"]], y[indices["train"]], np.array([alpha]))[:, 0]
+        z = x[val] @ w[:-1] + w[-1]
+        losses = np.logaddexp(0, z) - y[val] * z if binary else (z - y[val]) ** 2
+        errors.append(losses.mean())
+    predictions, alpha = evaluate.fit_probe(x, y, indices, binary)
+    assert errors[list(evaluate.ALPHAS).index(alpha)] == pytest.approx(min(errors), rel=1e-6)
+    changed = y.copy()
+    changed[indices["test"]] = 1 - changed[indices["test"]]
+    again, _ = evaluate.fit_probe(x, changed, indices, binary)
+    np.testing.assert_array_equal(predictions, again)
 
 
-@pytest.mark.parametrize("target", ["LVEF_pct", "sick"])
-def test_test_labels_change_no_prediction(problem, target):
-    x, rows, y = problem["x"], problem["rows"], problem["cohort"]["columns"][target]
-    shuffled = y.copy()
-    shuffled[rows["test"]] = np.nan
-    a, b = (evaluate.fit(x, labels, rows, target == "sick") for labels in (y, shuffled))
-    np.testing.assert_array_equal(a["prediction"], b["prediction"])
-    assert a["alpha"] == b["alpha"] and a["mean"] == b["mean"]
+def test_missing_and_constant_labels_cost_only_their_own_target(problem):
+    x, cohort = problem
+    alone = probe(x, cohort).metrics
+    cohort.columns["LVM_g"][::2] = np.nan
+    cohort.columns["never_g"] = np.full(300, np.nan)
+    cohort.columns["same_g"] = np.full(300, 7.0)
+    metrics = probe(x, cohort, list(cohort.columns)).metrics
+    assert metrics.keys() == {"LVM_g", "LVEF_pct", "sick"}
+    assert metrics["LVM_g"]["n_test"] == 30
+    assert metrics["LVEF_pct"] == alone["LVEF_pct"] and metrics["sick"] == alone["sick"]
 
 
-def test_missing_labels_cost_only_their_own_target(problem):
-    cohort, rows = problem["cohort"], problem["rows"]
-    sparse = cohort["columns"]["LVEF_pct"].copy()
-    sparse[::2] = np.nan
-    columns = cohort["columns"] | {"LVM_g": sparse, "never": np.full(300, np.nan)}
-    columns["healthy"] = np.zeros(300)
-    table = cohort | {"columns": columns, "phenotypes": ["LVEF_pct", "LVM_g", "never"]}
-    table["outcomes"] = ["sick", "healthy"]
-    counts = evaluate.resamples(60, 50, 0)
-    got = evaluate.probe(problem["x"], table, rows, counts)
-    assert got["probe"]["LVEF_pct"]["n_test"] == 60 and got["probe"]["LVM_g"]["n_test"] == 30
-    assert got["probe"].keys() == {"LVEF_pct", "LVM_g"} and got["outcomes"].keys() == {"sick"}
-    alone = evaluate.probe(problem["x"], cohort, rows, counts)
-    assert alone["probe"]["LVEF_pct"] == got["probe"]["LVEF_pct"]
+def test_label_draws_keep_their_budget_and_are_the_same_for_all(problem, monkeypatch):
+    x, cohort = problem
+    cohort.columns["LVM_g"][:50] = np.nan
+    cohort.columns["LVEF_pct"][:50] = np.nan
+    used = []
+    fit_probe = evaluate.fit_probe
+
+    def spy(x, y, indices, binary):
+        drawn = np.concatenate([indices["train"], indices["val"]])
+        used.append(tuple(drawn))
+        hidden = np.full_like(y, np.nan)
+        hidden[drawn] = y[drawn]
+        return fit_probe(x, hidden, indices, binary)  # knows no label outside the draw
+
+    monkeypatch.setattr(evaluate, "fit_probe", spy)
+    methods = [evaluate.Method(name, "run", name, x * k) for k, name in enumerate("ab", 1)]
+    args = argparse.Namespace(labels=["25", "all"], seed=0)
+    records = evaluate.label_curve(methods, cohort, splits(cohort), args, "cpu")
+    few = used[: 10 * 2 * 2]  # draws, methods, phenotypes
+    assert len(set(few)) == 10 and {len(drawn) for drawn in few} == {25}
+    assert all(len(set(drawn)) == 25 for drawn in few)
+    assert all(min(drawn) >= 50 for drawn in few)  # those with a label
+    assert not set(np.concatenate(few)) & set(cohort.indices("test"))
+    curve = evaluate.summarise_curve(records)
+    assert curve["25"]["a"]["LVEF_pct"] == pytest.approx(curve["25"]["b"]["LVEF_pct"])
+    assert records == evaluate.label_curve(methods, cohort, splits(cohort), args, "cpu")
+    chosen = [r for r in records if (r["labels"], r["method"], r["target"]) == ("25", "a", "all")]
+    r2 = [record["r2"] for record in chosen]
+    assert np.std(r2) > 0
+    expected = {"r2": np.mean(r2), "sd": np.std(r2), "draws": 10}
+    assert curve["25"]["a"]["all"] == pytest.approx(expected)
+    assert curve["all"]["a"]["all"]["draws"] == 1
 
 
-def test_label_draws_never_exceed_their_budget():
-    train = np.arange(100, 300)
-    for count in (20, 50, 199):
-        draw = evaluate.draw_labels(train, count, [0, count, 1])
-        both = np.concatenate([draw["train"], draw["val"]])
-        assert len(both) == len(set(both)) == count and set(both) <= set(train)
-        assert len(draw["val"]) == count // 5
+def test_supervised_loss_by_hand():
+    outputs = torch.tensor([[1.0, 0.0], [5.0, 0.0]])
+    labels = torch.tensor([[3.0, 1.0], [math.nan, math.nan]])
+    loss = evaluate.supervised_loss(outputs, labels, phenotypes=1)
+    assert loss.item() == pytest.approx((2**2 + math.log(2)) / 2)
 
 
-def test_label_curve_looks_at_its_draw_alone(problem, monkeypatch):
-    """Labels outside the draw may be missing: only those of the draw, and test's score, count."""
-    cohort, rows, seen = problem["cohort"], problem["rows"], []
-    real = evaluate.fit
-
-    def spy(x, y, chosen, binary):
-        seen.append(np.concatenate([chosen["train"], chosen["val"]]))
-        return real(x, y, chosen, binary)
-
-    monkeypatch.setattr(evaluate, "fit", spy)
-    curve = evaluate.label_curve({"dual": problem["x"]}, cohort, rows, ["20", "all"], "cpu", 0)
-    assert [len(s) for s in seen] == [20] * 10 + [240]
-    assert curve["20"]["dual"]["LVEF_pct"]["draws"] == 10 and curve["20"]["dual"]["LVEF_pct"]["sd"]
-    assert curve["all"]["dual"]["LVEF_pct"]["r2"] > curve["20"]["dual"]["LVEF_pct"]["r2"]
+def test_supervised_training_learns_from_its_labels_alone(cohort):
+    train = cohort.indices("train")[:20]
+    outputs = evaluate.train_supervised(cohort, {"train": train}, 0, "cpu")
+    blind = {name: np.full(64, np.nan) for name in cohort.columns}
+    for name, values in cohort.columns.items():
+        blind[name][train] = values[train]
+    blind = dataclasses.replace(cohort, columns=blind)
+    again = evaluate.train_supervised(blind, {"train": train}, 0, "cpu")
+    np.testing.assert_array_equal(outputs, again)
+    labels = np.column_stack([cohort.columns[name][train] for name in cohort.phenotypes])
+    correlations = [np.corrcoef(outputs[train, k], labels[:, k])[0, 1] for k in range(8)]
+    assert np.mean(correlations) > 0.7
 
 
-@pytest.mark.parametrize("spoil", ["buffer", "parameter"])
-def test_frozen_means_frozen(cohort, monkeypatch, spoil):
-    model = models.DualPhase(())
-    head = model.heads["ecg"]
-    victim = head.norm.running_mean if spoil == "buffer" else head.linear.weight
-    plain = model.embed
+@pytest.mark.parametrize("spoil", ["buffer", "parameter", "nan"])
+def test_frozen_means_frozen_and_finite(cohort, monkeypatch, spoil):
+    model = models.build(argparse.Namespace(views=[], slices=12))
+    victims = {"buffer": "heads.ecg.norm.running_mean", "parameter": "encoders.ecg.stem.bias"}
+    extract_features = models.extract_features
 
-    def embed(features):
-        victim.data.add_(1)
-        return plain(features)
+    def spoiled(model, batches):
+        features = extract_features(model, batches)
+        if spoil == "nan":
+            features["ecg"][3, 3] = math.nan
+        else:
+            model.state_dict()[victims[spoil]].add_(1)
+        return features
 
-    evaluate.extract(model, cohort, "cpu")
-    monkeypatch.setattr(model, "embed", embed)
-    with pytest.raises(RuntimeError, match="frozen"):
-        evaluate.extract(model, cohort, "cpu")
+    assert evaluate.frozen_features(model, cohort, ("ecg",), "cpu")["ecg"].shape == (64, 128)
+    monkeypatch.setattr(models, "extract_features", spoiled)
+    with pytest.raises(data.InputError if spoil == "nan" else RuntimeError):
+        evaluate.frozen_features(model, cohort, ("ecg",), "cpu")
 
 
-def test_chance_lies_inside_the_interval_of_random_embeddings():
-    inside = []
-    for seed in range(20):
-        torch.manual_seed(seed)
-        z = {name: torch.randn(150, 16) for name in ("ecg", "ed", "es")}
-        got = evaluate.retrieval(z, np.arange(20, 120))
-        assert got.keys() == set(evaluate.DIRECTIONS)
-        for found in got.values():
-            assert found["n"] == 100 and found["chance@5"] == 0.05
-            for key in ("recall@1", "recall@5", "recall@10"):
-                low, high = found[f"{key}_ci"]
-                inside.append(low <= found[key.replace("recall", "chance")] <= high)
-            inside.append(found["median_rank_ci"][0] <= 50.5 <= found["median_rank_ci"][1])
-    assert np.mean(inside) > 0.93
-    perfect = evaluate.retrieval({"ecg": z["ecg"], "ed": 10 * z["ecg"]}, np.arange(100))
-    assert perfect["ecg_to_ed"]["recall@10"] == 1
+def test_conformal_interval_covers_as_announced():
+    assert evaluate.conformal_half_width(np.arange(400.0), np.arange(19)) is None
+    covered = []
+    for seed in range(200):
+        errors = np.abs(np.random.default_rng(seed).normal(size=240))
+        half_width = evaluate.conformal_half_width(errors, np.arange(40))
+        covered.append((errors[40:] <= half_width).mean())
+    assert 0.945 < np.mean(covered) < 0.98
 
 
 # ---------------------------------------------------------------- the command
@@ -252,269 +296,139 @@ def test_chance_lies_inside_the_interval_of_random_embeddings():
 
 @pytest.fixture(scope="module")
 def evaluated(cohort, run_script, tmp_path_factory):
-    """evaluate.py on two untrained runs: the folder of the first."""
+    """evaluate.py on two untrained runs: the eval folder, metrics.json and what was printed."""
     folder = tmp_path_factory.mktemp("runs")
-    runs = make_run(folder / "dual", cohort), make_run(folder / "ed", cohort, ("ed",))
-    arguments = "--labels", 20, "all", "--supervised", "--bootstrap", 100
-    result = run_script("evaluate.py", *runs, *arguments, cwd=folder)
+    runs = [make_run(folder / "dual", cohort), make_run(folder / "ed2d", cohort, ["ed"], 1)]
+    out = runs[0] / "eval"
+    out.mkdir()
+    (out / "old.png").write_text("of an earlier evaluation")
+    options = ["--labels", 20, "all", "--supervised", "--bootstrap", 100]
+    result = run_script("evaluate.py", *runs, *options, cwd=folder)
     assert result.returncode == 0, result.stderr
-    return {"run": runs[0], "result": result}
+    metrics = json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)
+    return out, metrics, result
 
 
 def test_everything_is_written(evaluated):
-    out = evaluated["run"] / "eval"
-    names = {"metrics.json", "table.md", "features.npz"}
-    names |= {f"{n}.png" for n in ("probe", "latents", "scatter", "labels", "gallery")}
-    assert {path.name for path in out.iterdir()} == names
+    out, _, result = evaluated
+    names = "probe latents views labels scatter gallery".split()
+    assert {path.stem for path in out.glob("*.png")} == set(names)
     assert all(path.stat().st_size < 300_000 for path in out.glob("*.png"))
-    table = (out / "table.md").read_text()
-    assert table.startswith("Synthetic cohort") and table in evaluated["result"].stdout
+    assert (out / "table.md").read_text() in result.stdout and f"wrote {out}" in result.stdout
+    assert (out / "labels.csv").read_text().startswith("labels,draw,method,target,r2\n20,0,dual,")
 
 
-def test_layout_of_metrics(evaluated, cohort):
-    metrics = json.loads((evaluated["run"] / "eval" / "metrics.json").read_text())
-    assert metrics["runs"].keys() == {"dual", "ed"}
-    run = metrics["runs"]["dual"]
-    assert run.keys() >= {"probe", "outcomes", "retrieval", "latents"}
-    keys = {"r2", "r2_ci", "pearson", "mae", "n_test", "alpha"}
-    assert run["probe"].keys() == set(cohort["phenotypes"])
-    assert all(found.keys() >= keys for found in run["probe"].values())
-    keys = {"auroc", "auroc_ci", "auprc", "prevalence"}
-    assert all(found.keys() >= keys for found in run["outcomes"].values())
-    assert run["retrieval"].keys() == set(evaluate.DIRECTIONS)
-    keys = {"recall@1", "recall@5", "recall@10", "median_rank", "n"}
-    assert all(found.keys() >= keys for found in run["retrieval"].values())
-    assert run["latents"].keys() == {"ed", "es", "ed+es"}
-    assert run["latents"]["ed"].keys() == set(cohort["phenotypes"])
-    names = {"mean", "covariates", "random_encoder", "supervised", "covariates+dual"}
-    assert metrics["baselines"].keys() == metrics["baseline_outcomes"].keys() == names
-    assert metrics["paired"].keys() == {"dual-ed"} | {f"dual-{name}" for name in names}
-    assert metrics["paired"]["dual-ed"]["LVEF_pct"].keys() == {"delta_r2", "ci"}
-    assert metrics["labels"].keys() == {"20", "all"}
-    assert metrics["labels"]["20"].keys() == {"dual", "ed", "random_encoder", "supervised"}
-    assert metrics["labels"]["20"]["dual"]["LVEF_pct"].keys() >= {"r2", "sd"}
-    assert all(abs(found["r2"]) < 1e-9 for found in metrics["baselines"]["mean"].values())
+def test_shape_of_metrics(evaluated):
+    """metrics.json as the design has it."""
+    metrics = evaluated[1]
+    runs = {"dual", "ed2d"}
+    baselines = {"mean", "covariates", "covariates+dual", "random_encoder", "supervised"}
+    methods = runs | baselines | {"dual.ed", "dual.es", "dual.ed+es", "ed2d.ed"}
+    directions = {"ecg_to_ed", "ed_to_ecg", "ecg_to_es", "es_to_ecg", "ed_to_es", "es_to_ed"}
+    ranks = {"recall@1", "recall@1_ci", "recall@5", "recall@10", "median_rank", "chance_rank", "n"}
+    probe = metrics["probe"]["dual"]
+    curve = metrics["labels"]
+    for table, keys in (
+        (metrics, {"probe", "groups", "paired", "retrieval", "labels"}),
+        (metrics["probe"], methods),
+        (metrics["groups"], methods),
+        (probe["LVEF_pct"], {"r2", "r2_ci", "pearson", "mae", "n_test", "alpha"}),
+        (probe["hypertension"], {"auroc", "auroc_ci", "auprc", "prevalence", "n_test", "alpha"}),
+        (metrics["groups"]["dual"], {"structural", "functional", "all"}),
+        (metrics["groups"]["ed2d.ed"]["all"], {"r2", "r2_ci"}),
+        (metrics["paired"], {f"dual-{name}" for name in baselines | {"ed2d"}}),
+        (metrics["paired"]["dual-mean"]["LVEF_pct"], {"difference", "ci"}),
+        (metrics["retrieval"]["dual"], directions),
+        (curve, {"20", "all"}),
+        (curve["20"], runs | {"covariates", "random_encoder", "supervised"}),
+        (curve["20"]["dual"]["all"], {"r2", "sd", "draws"}),
+    ):
+        assert table.keys() == keys
+    assert ranks < metrics["retrieval"]["ed2d"]["ecg_to_ed"].keys()
+    assert curve["20"]["supervised"]["LVEF_pct"]["draws"] == 3
+    r2 = metrics["groups"]["supervised"]["all"]["r2"]
+    assert curve["all"]["supervised"]["all"]["r2"] == pytest.approx(r2)
 
 
 def test_scores_can_be_recomputed_from_the_files(evaluated, cohort):
-    """An independent transcription from features.npz, subjects.csv and alpha agrees to 1e-3."""
-    metrics = json.loads((evaluated["run"] / "eval" / "metrics.json").read_text())
-    with open(cohort["folder"] / "subjects.csv") as file:
-        table = {row["id"]: row for row in csv.DictReader(file)}
-    arrays = np.load(evaluated["run"] / "eval" / "features.npz")
-    assert list(arrays["id"]) == list(table) and list(arrays["split"]) == list(cohort["split"])
-    train, test = (arrays["split"] == name for name in ("train", "test"))
-    probes = {"ecg": metrics["runs"]["dual"], "ed.ecg": metrics["runs"]["ed"]}
-    probes |= {
-        k: {"probe": v} for k, v in metrics["runs"]["dual"]["latents"].items() if "+" not in k
-    }
-    for name, found in metrics["baselines"].items():
-        probes[name] = {"probe": found, "outcomes": metrics["baseline_outcomes"][name]}
-    for name, found in probes.items():
-        x = arrays[name].astype(float)
-        std = x[train].std(0)
-        x = (x - x[train].mean(0)) / np.where(std > 0, std, 1)
-        for target, score in (found["probe"] | found.get("outcomes", {})).items():
-            y = np.array([float(table[i][target]) for i in arrays["id"]])
-            alpha, mean = score["alpha"], y[train].mean()
-            if "r2" in score:
-                a = x[train].T @ x[train] + alpha * np.eye(x.shape[1])
-                p = x[test] @ np.linalg.solve(a, x[train].T @ (y[train] - mean)) + mean
-                r2 = 1 - ((y[test] - p) ** 2).sum() / ((y[test] - mean) ** 2).sum()
-                assert score["r2"] == pytest.approx(r2, abs=1e-3), (name, target)
-                continue
-            n = len(x[0])
-
-            def objective(w, x=x, y=y, alpha=alpha, n=n):
-                z = x[train] @ w[:n] + w[n]
-                slope = 1 / (1 + np.exp(-z)) - y[train]
-                value = (np.logaddexp(0, z) - y[train] * z).sum() + alpha / 2 * w[:n] @ w[:n]
-                return value, np.append(slope @ x[train] + alpha * w[:n], slope.sum())
-
-            w = optimize.minimize(objective, np.zeros(n + 1), jac=True, options={"gtol": 1e-9}).x
-            z = x[test] @ w[:n]
-            z = np.round(z / max(np.ptp(z), 1e-12), 6)  # ties up to rounding
-            pairs = np.sign(z[y[test] == 1][:, None] - z[y[test] == 0])
-            assert score["auroc"] == pytest.approx((pairs.mean() + 1) / 2, abs=1e-3), (name, target)
+    """R² of every method by another way, from features.npz and alpha alone."""
+    out, metrics, _ = evaluated
+    arrays = np.load(out / "features.npz")
+    assert list(arrays["id"]) == list(cohort.ids)
+    train = arrays["split"] == "train"
+    test = arrays["split"] == "test"
+    for name, probes in metrics["probe"].items():
+        std = arrays[name][train].std(0, dtype=float)
+        x = (arrays[name] - arrays[name][train].mean(0, dtype=float)) / np.where(std > 1e-9, std, 1)
+        for target in cohort.phenotypes:
+            y = cohort.columns[target] - cohort.columns[target][train].mean()
+            normal = x[train].T @ x[train] + probes[target]["alpha"] * np.eye(x.shape[1])
+            error = y[test] - x[test] @ np.linalg.solve(normal, x[train].T @ y[train])
+            r2 = 1 - (error**2).sum() / (y[test] ** 2).sum()
+            assert probes[target]["r2"] == pytest.approx(r2, abs=1e-6), (name, target)
 
 
-def test_prediction_from_ecgs_alone(evaluated, run_script, tmp_path):
-    data.write_demo(tmp_path / "demo", subjects=4, seed=5)
-    with open(tmp_path / "demo" / "manifest.csv") as file:
-        rows = [{"id": row["id"], "ecg": row["ecg"]} for row in csv.DictReader(file)]
-    (tmp_path / "demo" / rows[1]["ecg"]).write_text("rubbish")
+def test_prediction_from_raw_ecgs(evaluated, run_script, tmp_path):
+    synthetic.write_raw(tmp_path / "raw", subjects=5, seed=5)
+    with open(tmp_path / "raw" / "manifest.csv") as file:
+        rows = list(csv.DictReader(file))
+    (tmp_path / "raw" / rows[1]["ecg"]).write_text("rubbish")
     rows.append({"id": "absent", "ecg": "absent.xml"})
-    data.write_csv(tmp_path / "demo" / "new.csv", ["id", "ecg"], rows)
-    arguments = evaluated["run"], "--predict", tmp_path / "demo" / "new.csv"
-    result = run_script("evaluate.py", *arguments, cwd=tmp_path)
+    data.write_csv(tmp_path / "raw" / "new.csv", ["id", "ecg", "ecg_hz"], rows)
+    options = ["--predict", tmp_path / "raw" / "new.csv"]
+    result = run_script("evaluate.py", evaluated[0].parent, *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert rows[1]["ecg"] in result.stderr and "absent.xml" in result.stderr
-    assert "not for diagnosis" in result.stdout and "3 predicted, 2 rejected" in result.stdout
-    with open(tmp_path / "demo" / "predictions.csv") as file:
+    assert "4 predicted, 2 rejected" in result.stdout
+    assert result.stdout.endswith("Research use only, not for diagnosis.\n")
+    with open(tmp_path / "raw" / "predictions.csv") as file:
         predicted = list(csv.DictReader(file))
-    assert [row["id"] for row in predicted] == [rows[k]["id"] for k in (0, 2, 3)]
+    assert [row["id"] for row in predicted] == [rows[k]["id"] for k in (0, 2, 3, 4)]
     assert all(20 < float(row["LVEF_pct"]) < 90 for row in predicted)
-    assert all(0 <= float(row["heart_failure_probability"]) <= 1 for row in predicted)
-    assert "too few for an interval" in result.stderr  # 6 validation subjects
+    assert all(0 <= float(row["hypertension_probability"]) <= 1 for row in predicted)
+    assert "LVEF_pct_low" not in predicted[0] and "no interval" in result.stderr  # 6 in val
 
 
-def test_predictions_never_replace_the_table_they_are_made_from(evaluated, run_script, tmp_path):
-    (tmp_path / "predictions.csv").write_text("id,ecg\n1,1.xml\n")
-    arguments = evaluated["run"], "--predict", tmp_path / "predictions.csv"
-    result = run_script("evaluate.py", *arguments, cwd=tmp_path)
-    assert result.returncode == 2 and "would be overwritten" in result.stderr
-    assert (tmp_path / "predictions.csv").read_text() == "id,ecg\n1,1.xml\n"
-
-
-def test_predictions_never_replace_their_table_through_a_link(evaluated, run_script, tmp_path):
-    (tmp_path / "predictions.csv").write_text("id,ecg\n1,1.xml\n")
-    (tmp_path / "new.csv").symlink_to("predictions.csv")
-    arguments = evaluated["run"], "--predict", tmp_path / "new.csv"
-    result = run_script("evaluate.py", *arguments, cwd=tmp_path)
-    assert result.returncode == 2 and "would be overwritten" in result.stderr
-
-
-def test_what_train_cannot_teach_does_not_choose_for_the_supervised_encoder(cohort):
-    """No labels in val but of a column that is constant in train: the last epoch is taken."""
-    rows = split_rows(cohort)
-    columns = {name: cohort["columns"][name].copy() for name in ("LVEDV_ml", "LVM_g")}
-    for column in columns.values():
-        column[rows["val"]] = np.nan
-    columns["scar_g"] = 1e-6 * np.isin(np.arange(64), rows["val"])
-    strange = cohort | {"columns": columns, "phenotypes": [*columns], "outcomes": []}
-    found = evaluate.train_supervised(strange, rows, torch.device("cpu"), 0, rates=(3e-3,))
-    for k, name in enumerate(("LVEDV_ml", "LVM_g")):
-        output, y = found["outputs"][rows["train"], k], columns[name][rows["train"]]
-        assert np.corrcoef(output, y)[0, 1] > 0.9
-
-
-def test_the_calibration_by_hand_still_runs(monkeypatch, capsys):
-    monkeypatch.setattr(calibrate, "SUBJECTS", 40)
-    calibrate.main()
-    assert "| LVM_g | " in capsys.readouterr().out
-
-
-def test_labels_are_drawn_among_the_labelled(cohort, monkeypatch):
-    rows, drawn, draw = split_rows(cohort), [], evaluate.draw_labels
-    few = rows["train"][:24]
-    y = np.full(64, np.nan)
-    y[few] = y[rows["test"]] = 1
-    monkeypatch.setattr(
-        evaluate, "draw_labels", lambda train, *more: drawn.append(train) or draw(train, *more)
-    )
-    strange = cohort | {"columns": {"LVM_g": y}, "phenotypes": ["LVM_g"], "outcomes": []}
-    evaluate.label_curve({}, strange, rows, ["20"], "cpu", 0)
-    assert len(drawn) == 10 and all(np.array_equal(train, few) for train in drawn)
-
-
-def test_nothing_is_told_relative_to_a_baseline_that_may_be_nothing():
-    """R^2 of 0.5 against one of 0.4, certain or not."""
-    sure, vague = np.full(100, 0.4), np.append(0.4, np.linspace(-1, 1.8, 99))
-    own = {"groups": {"functional": {}}, "samples": {"functional": np.full(100, 0.5)}}
-    own |= {"probe": {}, "outcomes": {}}
-    against = [own | {"samples": {"functional": samples}} for samples in (sure, vague)]
-    found = [evaluate.compare(own, other)["relative"] for other in against]
-    assert found[0]["functional"]["relative"] == pytest.approx(0.25) and found[1] == {}
-
-
-def test_a_figure_of_five_phenotypes_has_five_frames():
-    n, names = 30, ("LVM_g", "LVSV_ml", "LVEF_pct", "RVEF_pct", "RVSV_ml")
-    y = np.random.default_rng(0).normal(size=n)
-    result = {
-        "probe": {name: {"r2": 1.0} for name in names},
-        "predictions": dict.fromkeys(names, y),
-    }
-    table = {"columns": dict.fromkeys(names, y)}
-    figure = evaluate.scatter(result, table, {"test": np.arange(n)}, "five")
-    assert sum(axis.axison for axis in figure.axes) == 5
-
-
-def test_prediction_interval_holds_for_about_95_percent(cohort, tmp_path, monkeypatch, capsys):
-    """On many subjects with known error, the interval and the coverage it states are right."""
-    n = 1000
-    y = np.random.default_rng(0).normal(size=n)
-    split = np.repeat(["train", "val", "test"], [300, 300, 400])
-    table = cohort | {"columns": {"LVEF_pct": y}, "phenotypes": ["LVEF_pct"], "outcomes": []}
-    x = y[:, None].repeat(128, 1) + np.random.default_rng(1).normal(size=(n, 1)) * 0.5
-    monkeypatch.setattr(evaluate, "extract", lambda *a: {"features": {"ecg": x}})
-    data.write_demo(tmp_path / "demo", subjects=1)
-    run = {"model": models.DualPhase(())}
-    rows = split_rows({"split": split})
-    evaluate.predict(run, table, rows, tmp_path / "demo" / "manifest.csv", "cpu")
-    covered = float(capsys.readouterr().out.split("holds for ")[1].split("%")[0])
-    assert 92 <= covered <= 98
-    with open(tmp_path / "demo" / "predictions.csv") as file:
-        row = next(csv.DictReader(file))
-    assert float(row["LVEF_pct_low"]) < float(row["LVEF_pct"]) < float(row["LVEF_pct_high"])
-
-
-# ---------------------------------------------------------------- small cohorts, wrong input
-
-
-def shrink(source, folder, count, edit=lambda table: table):
-    """The first `count` subjects of a cohort under another name, subjects.csv edited."""
-    folder.mkdir()
-    for name in ("ecg", "ed", "es"):
-        np.save(folder / f"{name}.npy", np.load(source / f"{name}.npy")[:count])
-    (folder / "cohort.json").write_text((source / "cohort.json").read_text())
-    with open(source / "subjects.csv") as file:
-        table = edit(list(csv.DictReader(file))[:count])
-    data.write_csv(folder / "subjects.csv", list(table[0]), table)
+def edit_cohort(source, folder, edit):
+    """A copy of a cohort whose subjects.csv is edited row by row."""
+    shutil.copytree(source, folder)
+    with open(folder / "subjects.csv") as file:
+        rows = [edit(k, row) for k, row in enumerate(csv.DictReader(file))]
+    data.write_csv(folder / "subjects.csv", list(rows[0]), rows)
     return data.open_cohort(folder)
 
 
-def splits(names):
-    return lambda table: [row | {"split": name} for row, name in zip(table, names, strict=True)]
+def keep(*names):
+    return lambda k, row: {name: row[name] for name in ("id", "split", *names)}
 
 
-SMALL = {
-    "all train": (6, splits(["train"] * 6)),
-    "one test subject": (6, splits(["train"] * 4 + ["val", "test"])),
-    "two test subjects": (20, splits(["train"] * 14 + ["val"] * 4 + ["test"] * 2)),
-    "no training subjects": (6, splits(["test"] * 6)),
-    "one subject": (1, splits(["train"])),
-    "nothing to probe": (30, lambda t: [{k: row[k] for k in ("id", "split")} for row in t]),
-    "no covariates": (30, lambda t: [{k: row[k] for k in ("id", "split", "LVM_g")} for row in t]),
-    "only outcomes": (
-        30,
-        lambda t: [{k: row[k] for k in ("id", "split", "hypertension")} for row in t],
-    ),
-    "missing values": (30, lambda t: [r | {"LVEF_pct": "", "age": ""} if k % 3 else r
-                                      for k, r in enumerate(t)]),
-    "strange names": (30, lambda t: [row | {"a|b_$\\y$_ml": row["LVM_g"],
-                                            "rare_g": "0" if row["split"] == "train" else str(k)}
-                                     for k, row in enumerate(t)]),
-    "one class": (30, lambda t: [row | {"heart_failure": "0", "hypertension": "1"} for row in t]),
-}  # fmt: skip
+STRANGE = {
+    "nothing to probe": keep(),
+    "no covariates": keep("LVM_g"),
+    "only outcomes": keep("hypertension"),
+    "missing values": lambda k, row: {**row, "LVEF_pct": row["LVEF_pct"] * (k % 3 == 0), "age": ""},
+    "strange names": lambda k, row: {**row, "a|b_$x$_ml": row["LVM_g"], "same_g": "7"},
+}
 
 
-@pytest.mark.parametrize("case", SMALL)
-def test_small_cohorts_do_not_crash(cohort_folder, tmp_path, monkeypatch, capsys, case):
-    count, edit = SMALL[case]
-    cohort = shrink(cohort_folder, tmp_path / "cohort", count, edit)
-    run = make_run(tmp_path / "es", cohort, ("es",))
-    supervised = ["--supervised"] if case in ("missing values", "all train") else []
-    monkeypatch.setattr("sys.argv", ["evaluate.py", str(run), "--bootstrap", "20", *supervised])
-    quick = partial(evaluate.train_supervised, rates=(1e-3,))
-    monkeypatch.setattr(evaluate, "train_supervised", quick)
-    assert evaluate.main() == 0
+@pytest.mark.parametrize("case", STRANGE)
+def test_strange_cohorts_are_evaluated(cohort, tmp_path, run_script, case):
+    run = make_run(tmp_path / "es", cohort, ["es"])
+    cohort = edit_cohort(cohort.folder, tmp_path / "cohort", STRANGE[case])
+    options = ["--data", cohort.folder, "--bootstrap", 20]
+    result = run_script("evaluate.py", run, *options, cwd=tmp_path)
+    assert "trained on another cohort" in result.stderr
+    assert result.returncode == 0 and (run / "eval" / "gallery.png").exists(), result.stderr
     metrics = json.loads((run / "eval" / "metrics.json").read_text(), parse_constant=pytest.fail)
-    assert (run / "eval" / "features.npz").exists() and (run / "eval" / "table.md").exists()
-    told = capsys.readouterr().err
-    if case in ("all train", "one test subject", "no training subjects", "one subject"):
-        assert metrics["runs"]["es"]["probe"] == {} and "LVEF_pct: left out" in told
-    if case == "one class":
-        assert metrics["runs"]["es"]["outcomes"].keys() <= {"atrial_fibrillation"}
-        assert "heart_failure: left out" in told
+    assert set(metrics["probe"]["es"]) <= {*cohort.phenotypes, *cohort.outcomes}
+    table = (run / "eval" / "table.md").read_text()
+    assert not any(
+        set(line.replace(" ", "").split("|")[2:-1]) == {"-"} for line in table.split("\n")
+    )
+    assert ("covariates" in metrics["probe"]) == (case in ("missing values", "strange names"))
     if case == "strange names":
-        assert "a|b_$\\y$_ml" in metrics["runs"]["es"]["probe"] and "rare_g: left out" in told
-        table = [line.replace("\\|", "") for line in (run / "eval" / "table.md").open()]
-        table = [
-            line.count("|") for line in table if "b_$\\y$_ml" in line or line.startswith("| R² ")
-        ]
-        assert table[0] == table[1]
-    if case == "no covariates":
-        assert "covariates" not in metrics["baselines"]
+        assert "a|b_$x$_ml" in metrics["probe"]["es"] and r"a\|b_$x$_ml" in table
+        assert "same_g is left out" in result.stderr
 
 
 class Evil:
@@ -522,40 +436,48 @@ class Evil:
         return (print, ("code of the checkpoint ran",))
 
 
-FAULTS = ["absent", "rubbish", "cut", "pickle", "foreign", "grid"]
+FAULTS = {
+    "absent": lambda best: best.unlink(),
+    "cut": lambda best: best.write_bytes(best.read_bytes()[:100_000]),
+    "pickle": lambda best: best.write_bytes(pickle.dumps(Evil())),
+    "foreign": lambda best: torch.save({"state_dict": torch.nn.Linear(2, 2).state_dict()}, best),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_wrong_runs_are_refused(cohort, tmp_path, monkeypatch, capfd, recwarn, fault):
-    run = make_run(tmp_path / "run", cohort, **({"grid": [12, 64, 64]} if fault == "grid" else {}))
-    best = run / "best.pt"
-    if fault == "absent":
-        best.unlink()
-    elif fault == "rubbish":
-        best.write_bytes(b"rubbish" * 100)
-    elif fault == "cut":
-        best.write_bytes(best.read_bytes()[:100_000])
-    elif fault == "pickle":
-        best.write_bytes(pickle.dumps(Evil()))
-    elif fault == "foreign":
-        torch.save({"state_dict": torch.nn.Linear(2, 2).state_dict()}, best)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", str(run)])
-    with pytest.raises(SystemExit) as stop:
-        data.exit_cleanly(evaluate.main)
-    told = capfd.readouterr()
-    assert stop.value.code == 2 and not recwarn.list and not told.out
-    assert len(told.err.splitlines()) == 1 and str(run) in told.err
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["--labels", "5"], ["--labels", "many"], ["--labels", "9999"], ["--bootstrap", "0"],
-     ["--seed", str(2**64)], ["--bootstrap", "1000000000"], ["--labels", "5²"],
-     ["--data", "nowhere"], ["--predict", "nowhere.csv"], ["run"]],
-)  # fmt: skip
-def test_wrong_arguments_are_refused(cohort, tmp_path, monkeypatch, arguments):
+def test_damaged_runs_are_refused(cohort, tmp_path, run_script, recwarn, fault):
     run = make_run(tmp_path / "run", cohort)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", str(run), *arguments])
-    with pytest.raises(data.InputError):
-        evaluate.main()
+    FAULTS[fault](run / "best.pt")
+    result = run_script("evaluate.py", run, cwd=tmp_path)
+    assert result.returncode == 2 and not result.stdout and not recwarn.list
+    assert len(result.stderr.splitlines()) == 1 and str(run) in result.stderr
+
+
+REFUSED = {
+    "--labels 5": "20",
+    "--labels many": "many",
+    "--labels 9999": "43",
+    "--labels 5²": "5²",
+    "--bootstrap 0": "100000",
+    f"--seed {2**64}": "2^63",
+    "--data nowhere": "nowhere",
+    "--predict nowhere.csv": "nowhere.csv",
+    "--predict predictions.csv": "overwritten",
+    "--predict link.csv": "overwritten",
+    "other/run": "share a name",
+    "mean": "share a name",
+    "other/run --predict new.csv": "RUN",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_wrong_arguments_are_refused_in_one_sentence(cohort, tmp_path, run_script, arguments):
+    run = make_run(tmp_path / "run", cohort, ["ed"])
+    make_run(tmp_path / "other" / "run", cohort, ["ed"])
+    make_run(tmp_path / "mean", cohort, ["ed"])
+    (tmp_path / "predictions.csv").write_text("id,ecg\n1,1.xml\n")
+    (tmp_path / "link.csv").symlink_to("predictions.csv")
+    result = run_script("evaluate.py", run, *arguments.split(), cwd=tmp_path)
+    assert result.returncode == 2 and REFUSED[arguments] in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and not result.stdout
+    assert (tmp_path / "predictions.csv").read_text() == "id,ecg\n1,1.xml\n"
