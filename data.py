@@ -61,7 +61,10 @@ FORMAT_VERSION = 1
 LARGEST_ECG_MB = 20
 LARGEST_IMAGE_MB = 450  # a cine of 512 x 512 x 14 x 30 in float32
 MASK_ML = (20, 1500)  # volume of a labelled heart
-PLAUSIBLE = {"age": (16, 110), "bmi": (12, 70), "_pct": (5, 90), "_ml": (5, 800), "_g": (20, 500)}
+PLAUSIBLE = {"age": (16, 110), "bmi": (12, 70), "LVM_g": (20, 500)}
+PLAUSIBLE.update(dict.fromkeys(("LVEF_pct", "RVEF_pct"), (5, 90)))
+PLAUSIBLE.update(dict.fromkeys(("LVEDV_ml", "LVESV_ml", "LVSV_ml"), (5, 800)))
+PLAUSIBLE.update(dict.fromkeys(("RVEDV_ml", "RVESV_ml", "RVSV_ml"), (5, 800)))
 
 # I and II give the other limb leads. Einthoven: III = II - I. Goldberger: aVR = -(I + II) / 2,
 # aVL = I - II / 2, aVF = II - I / 2.
@@ -90,8 +93,8 @@ def require(condition, where, rule):
 
 
 def require_file(path, largest_mb):
-    require(not path.is_dir(), path, "is a folder; name the file in it")
-    require(path.is_file(), path, "does not exist; correct the path")
+    require(not os.path.isdir(path), path, "is a folder; name the file in it")
+    require(os.path.isfile(path), path, "does not exist; correct the path")
     small = path.stat().st_size <= largest_mb * 1e6
     require(small, path, f"is larger than {largest_mb} MB, as no file of its kind is; check it")
 
@@ -226,7 +229,7 @@ def read_npy(path, row):
     """NumPy array (12, T) in mV, in the order of LEADS, at row["ecg_hz"] (500 Hz where empty)."""
     ecg_mv = np.load(path, mmap_mode="r", allow_pickle=False)
     fits = ecg_mv.ndim == 2 and len(ecg_mv) == len(LEADS) and ecg_mv.dtype.kind in "iuf"
-    require(fits, path, f"is {ecg_mv.dtype} {ecg_mv.shape}, not numbers (12, samples) in mV")
+    require(fits, path, f"is {ecg_mv.dtype} {ecg_mv.shape}, not numbers (12, samples); convert it")
     rate_hz = parse_number(row.get("ecg_hz") or "500")
     return list(zip(LEADS, np.array(ecg_mv, float), strict=True)), rate_hz
 
@@ -241,7 +244,7 @@ def clean_ecg(ecg_mv, rate_hz, mains_hz=50, where="ECG"):
     High-pass 0.5 Hz against baseline wander, notch at mains_hz (0: none), the middle 10 s. There is
     no z-score: voltage carries the mass of the heart.
     """
-    require(100 <= rate_hz <= 10_000, where, f"rate is {rate_hz:g} Hz, not from 100 to 10,000")
+    require(100 <= rate_hz <= 10_000, where, f"rate is {rate_hz:g} Hz; it must be 100 to 10,000")
     require(np.isfinite(ecg_mv).all(), where, "holds missing or non-finite samples; leave it out")
     seconds = (ecg_mv.shape[1] + 1) / rate_hz  # exports of 10 s may lack the last sample
     require(seconds >= SECONDS, where, f"lasts {seconds:.2f} s, but 10 s are needed; leave it out")
@@ -335,15 +338,16 @@ def read_scan(row, folder):
     """The CMR of a manifest row: Scan. A cine goes before ed and es. Raises InputError."""
     folder = Path(folder)
     if row.get("cine"):
-        path = folder / row["cine"]
+        ed_path = path = folder / row["cine"]
         ed, es, warnings = read_cine(path, row)
     else:
+        ed_path = folder / row["ed"]
         path = folder / row["es"]
-        ed = read_stack(folder / row["ed"])
+        ed = read_stack(ed_path)
         es = onto_grid(read_stack(path, reference=ed), ed, path, order=1)
         warnings = []
-    constant = np.ptp(ed.voxels) == 0 or np.ptp(es) == 0
-    require(not constant, path, "has a phase of one constant grey level; convert it again")
+    for phase_path, phase in ((ed_path, ed.voxels), (path, es)):
+        require(np.ptp(phase) > 0, phase_path, "is one constant grey level; convert it again")
     require(not np.array_equal(ed.voxels, es), path, "ED and ES are one image; name two phases")
     if not ed.follows_heart:
         warnings.append("no affine along a heart, axes stay as stored: look with data.py show")
@@ -419,7 +423,11 @@ def load_nifti(path):
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     with opener(path, "rb") as file:
         content = file.read(int(LARGEST_IMAGE_MB * 1e6) + 1)
-    require(len(content) <= LARGEST_IMAGE_MB * 1e6, path, f"unpacks to over {LARGEST_IMAGE_MB} MB")
+    require(
+        len(content) <= LARGEST_IMAGE_MB * 1e6,
+        path,
+        f"unpacks to over {LARGEST_IMAGE_MB} MB; crop it",
+    )
     is_nifti2 = content[4:7] == b"n+2"
     require(is_nifti2 or content[344:347] == b"n+1", path, "is no NIfTI file; convert it")
     image_class = nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image
@@ -475,10 +483,10 @@ def onto_grid(stack, reference, path, order):
     if stack.affine is None or reference.affine is None:
         for name, mine, other in (
             ("grid", stack.voxels.shape, reference.voxels.shape),
-            ("spacing", stack.spacing_mm, reference.spacing_mm),
+            ("spacing", stack.spacing_mm.tolist(), reference.spacing_mm.tolist()),
         ):
-            rule = f"its {name} {tuple(mine)} is not ED's {tuple(other)}, and no affines place both"
-            require(np.allclose(mine, other, rtol=1e-3), path, f"{rule}; resample one of them")
+            rule = f"its {name} {tuple(mine)} is not ED's {tuple(other)}, and no affines place"
+            require(np.allclose(mine, other, rtol=1e-3), path, f"{rule} both; resample one")
         return stack.voxels
     shape = reference.voxels.shape
     if stack.voxels.shape == shape and np.allclose(stack.affine, reference.affine, atol=0.1):
@@ -722,15 +730,14 @@ def prepare_row(manifest_path, mains_hz, row):
 
 def implausible_values(row):
     """Warnings about covariates and phenotypes that no adult has or that contradict one another."""
-    values = {name: parse_number(cell) for name, cell in row.items() if name not in FILE_COLUMNS}
     warnings = []
-    for name, value in values.items():
-        for ending, (low, high) in PLAUSIBLE.items():
-            if name.endswith(ending) and (value < low or value > high):  # false for nan
-                warnings.append(f"{name} is implausible (outside {low} to {high})")
+    for name, (low, high) in PLAUSIBLE.items():
+        value = parse_number(row.get(name))  # nan where missing, which compares as false
+        if value < low or value > high:
+            warnings.append(f"{name} is implausible (outside {low} to {high})")
     for side in ("LV", "RV"):
         names = (f"{side}EDV_ml", f"{side}ESV_ml", f"{side}EF_pct")
-        edv, esv, ef = [values.get(name, math.nan) for name in names]
+        edv, esv, ef = [parse_number(row.get(name)) for name in names]
         if abs(100 * (edv - esv) - ef * edv) > 3 * abs(edv):
             warnings.append(f"{names[2]} is not 100 ({names[0]} - {names[1]}) / {names[0]}")
     return warnings
@@ -937,7 +944,7 @@ def open_cohort(folder):
     for name, (dtype, shape) in ARRAYS.items():
         path = folder / f"{name}.npy"
         with reading(path):
-            array = np.load(path, mmap_mode="r")
+            array = np.lib.format.open_memmap(path, mode="r")
         fits = array.dtype == dtype and array.shape == (len(rows), *shape)
         rule = f"is {array.dtype} {array.shape}, not {dtype} {(len(rows), *shape)}; prepare again"
         require(fits and array.flags.c_contiguous, path, rule)
@@ -1089,16 +1096,16 @@ def augment_cmr(volume, draws):
 
     No mirror, as the right ventricle has a side, and no scaling, as size is the phenotype.
     """
-    # One subject of seven is moved: in short runs, more was too much.
-    is_moved = draws["is_moved"][:, 0] < 0.15
-    angle = between(draws["angle"][is_moved], -0.2, 0.2)  # (b, 1) radian
-    shift = between(draws["shift"][is_moved], -0.1, 0.1)  # (b, 2) of half the box: up to 9.6 mm
+    angle = between(draws["angle"], -0.2, 0.2)  # (B, 1) radian
+    shift = between(draws["shift"], -0.1, 0.1)  # (B, 2) of half the box: up to 9.6 mm
     to_x = torch.cat([angle.cos(), -angle.sin(), shift[:, :1]], dim=1)
     to_y = torch.cat([angle.sin(), angle.cos(), shift[:, 1:]], dim=1)
-    slices = volume[is_moved, 0]  # (b, Z, Y, X): slices as channels of a 2D image
-    affine = torch.stack([to_x, to_y], dim=1)  # (b, 2, 3)
-    places = F.affine_grid(affine, list(slices[:, :1].shape), align_corners=False)
-    volume[is_moved, 0] = F.grid_sample(slices, places, align_corners=False)
+    affine = torch.stack([to_x, to_y], dim=1)  # (B, 2, 3)
+    places = F.affine_grid(affine, list(volume[:, :, 0].shape), align_corners=False)
+    # One subject of seven is moved: in short runs, more was too much. Slices are channels here.
+    is_moved = draws["is_moved"][:, 0] < 0.15
+    moved = F.grid_sample(volume[is_moved, 0], places[is_moved], align_corners=False)
+    volume[is_moved, 0] = moved  # (b, Z, Y, X)
     gain = between(draws["grey_gain"], 0.85, 1.15)[..., None, None, None]
     offset = between(draws["grey_offset"], -0.05, 0.05)[..., None, None, None]
     volume.mul_(gain).add_(offset)

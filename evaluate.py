@@ -36,9 +36,10 @@ TOP_K = (1, 5, 10)  # recall@k
 FEWEST_LABELS = 20  # in the label curve, and on validation for a prediction interval
 LABEL_DRAWS = 10  # of n labels, in the label curve
 SUPERVISED_DRAWS = 3  # fewer, as each trains an encoder
-SUPERVISED_LR = 3e-3
-RECORD = ("labels", "draw", "method", "target", "r2")  # of the label curve, in labels.csv
+SUPERVISED_LR = 1e-3
+FIGURES = ("probe", "latents", "scatter", "views", "labels", "gallery")
 CURVE_BASELINES = ("covariates", "random_encoder", "supervised")
+# By baselines, and in features.npz: no run may have such a name.
 TAKEN_NAMES = {"mean", "covariates", "random_encoder", "supervised", "id", "split", "file"}
 # Safe for colour-blind readers (Okabe and Ito).
 COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #F0E442 #000000 #999999".split()
@@ -278,8 +279,10 @@ def auroc_samples(y, score, counts):
     positive = y == 1
     difference = score[positive][:, None] - score[~positive]  # (n+, n-)
     right = (np.sign(difference) + 1) / 2  # ties count half
-    pairs_right = (counts[:, positive] @ right * counts[:, ~positive]).sum(1)  # (1 + B,)
-    pairs = counts[:, positive].sum(1) * counts[:, ~positive].sum(1)
+    positive_counts = counts[:, positive]  # (1 + B, n+)
+    negative_counts = counts[:, ~positive]  # (1 + B, n-)
+    pairs = positive_counts.sum(1) * negative_counts.sum(1)  # (1 + B,)
+    pairs_right = ((positive_counts @ right) * negative_counts).sum(1)
     with np.errstate(invalid="ignore"):  # nan for resamples of one class
         return pairs_right / pairs
 
@@ -417,7 +420,7 @@ def train_supervised(cohort, indices, seed, device):
 
     # Few labels need small batches and many epochs.
     batch_size = min(16 if len(train) < 800 else 32, len(train) // 2)
-    epochs = int(np.clip(9_000 // len(train) + 8, 14, 48))
+    epochs = int(np.clip(9_000 // len(train) + 8, 20, 48))
     keys = []
     for epoch in range(epochs):
         for batch_indices in data.epoch_batches(train, batch_size, seed, epoch):
@@ -476,9 +479,10 @@ def label_draws(cohort, indices, args):
 
 
 def label_curve(methods, cohort, indices, args, device):
-    """Records of R² on test, dictionaries of RECORD. A target is a phenotype or a group.
+    """R² on test by number of labels: records {"labels", "draw", "method", "target", "r2"}.
 
-    The draws are the same for all methods; supervised training starts anew on each.
+    A target is a phenotype or a group of them. The draws are the same for all methods; supervised
+    training starts anew on each.
     """
     records = []
     once = np.ones((1, len(indices["test"])))  # each test subject counts once: no bootstrap
@@ -493,9 +497,9 @@ def label_curve(methods, cohort, indices, args, device):
             # By all training subjects: features that hardly vary among few would explode.
             x = standardise(features, indices["train"])
             scores = probe(x, cohort, splits, cohort.phenotypes, once)
+            record = {"labels": labels, "draw": draw, "method": method.name}
             for target, samples in scores.samples.items():
-                values = (labels, draw, method.name, target, samples[0])
-                records.append(dict(zip(RECORD, values, strict=True)))
+                records.append({**record, "target": target, "r2": samples[0]})
     return records
 
 
@@ -615,43 +619,48 @@ def table_text(metrics, methods, cohort, indices):
     splits = ", ".join(f"{len(indices[split])} {split}" for split in data.SPLITS)
     text = f"{cohort.source['kind'].capitalize()} cohort ({splits} subjects). Scores are of test "
     text += "subjects, with 95 % intervals; R² is against the training mean.\n"
-    text += table("mean R²", metrics["groups"], GROUPS, "r2", ".3f")
-    text += table("difference in mean R²", paired, GROUPS, "difference", "+.3f")
-    text += table("relative difference", paired, GROUPS, "relative", "+.1%")
-    text += table("R² from ECG", from_ecg, phenotypes, "r2", ".2f")
-    text += table("R² from latents", latents, phenotypes, "r2", ".2f")
-    text += table("difference in R²", paired, phenotypes, "difference", "+.2f")
-    text += table("Pearson r", first, phenotypes, "pearson", ".2f")
-    text += table("mean absolute error", first, phenotypes, "mae", ".3g")
-    text += table("AUROC", from_ecg, outcomes, "auroc", ".2f")
-    text += table("AUPRC", from_ecg, outcomes, "auprc", ".2f")
-    text += table("prevalence", first, outcomes, "prevalence", ".2f")
+    text += score_table("mean R²", metrics["groups"], GROUPS, "r2", ".3f")
+    text += score_table("difference in mean R²", paired, GROUPS, "difference", "+.3f")
+    text += score_table("relative difference", paired, GROUPS, "relative", "+.1%")
+    text += score_table("R² from ECG", from_ecg, phenotypes, "r2", ".2f")
+    text += score_table("R² from latents", latents, phenotypes, "r2", ".2f")
+    text += score_table("difference in R²", paired, phenotypes, "difference", "+.2f")
+    text += score_table("Pearson r", first, phenotypes, "pearson", ".2f")
+    text += score_table("mean absolute error", first, phenotypes, "mae", ".3g")
+    text += score_table("AUROC", from_ecg, outcomes, "auroc", ".2f")
+    text += score_table("AUPRC", from_ecg, outcomes, "auprc", ".2f")
+    text += score_table("prevalence", first, outcomes, "prevalence", ".2f")
     for labels, results in metrics["labels"].items():
-        text += table(f"R², {labels} labels", results, [*GROUPS, *phenotypes], "r2", ".2f")
+        columns = [*GROUPS, *phenotypes]
+        text += score_table(f"R², {labels} labels", results, columns, "r2", ".2f")
     columns = [f"{name}@{k}" for k in TOP_K for name in ("recall", "chance")]
     columns += ["median_rank", "chance_rank", "n"]
     for run, directions in metrics["retrieval"].items():
-        text += table(f"retrieval by {run}", directions, columns, None, ".3g")
+        rows = {}
+        for direction, ranks in directions.items():
+            rows[direction] = [cell(ranks, column, ".3g") for column in columns]
+        text += table(f"retrieval by {run}", columns, rows)
     return text
 
 
-def table(title, results, columns, key, form):
-    """Markdown of results {row: {column: {key: value}}}, or {row: {column: value}} if key is None.
-
-    Rows without any value are left out, and a table without rows.
-    """
-    lines = []
+def score_table(title, results, columns, key, form):
+    """Markdown of one key of results {row: {column: {key: value}}}, without rows of nothing."""
+    rows = {}
     for row, entries in results.items():
-        if key is None:
-            cells = [cell(entries, column, form) for column in columns]
-        else:
-            cells = [cell(entries.get(column, {}), key, form) for column in columns]
+        cells = [cell(entries.get(column, {}), key, form) for column in columns]
         if set(cells) - {"-"}:
-            lines.append([row, *cells])
-    if not lines:
+            rows[row] = cells
+    return table(title, columns, rows)
+
+
+def table(title, columns, rows):
+    """Markdown of texts {row: cells}; nothing without rows."""
+    if not rows:
         return ""
+    lines = [[title, *columns], ["---"] * (1 + len(columns))]
+    lines += [[row, *cells] for row, cells in rows.items()]
     text = "\n"
-    for line in [[title, *columns], ["---"] * (1 + len(columns)), *lines]:
+    for line in lines:
         escaped = [word.replace("|", "\\|") for word in line]
         text += f"| {' | '.join(escaped)} |\n"
     return text
@@ -860,6 +869,7 @@ def parse_arguments():
     add("--seed", type=int, default=0, metavar="N", help="of all random draws (0)")
     add("--predict", metavar="CSV", help="only write predictions.csv for these new ECGs (no)")
     args = parser.parse_args()
+    data.require(args.data != "" and args.predict != "", "--data, --predict", "must not be empty")
     rule = "must be from 1 to 100000"
     data.require(1 <= args.bootstrap <= 100_000, "--bootstrap", rule)
     data.require(0 <= args.seed < 2**63, "--seed", "must be from 0 to 2^63 - 1")
@@ -897,15 +907,16 @@ def write_results(out, metrics, text, records, methods, cohort):
     json_text = json.dumps(metrics, indent=1, allow_nan=False)
     data.atomic_write(out / "metrics.json", lambda file: file.write(json_text.encode()))
     data.atomic_write(out / "table.md", lambda file: file.write(text.encode()))
-    data.write_csv(out / "labels.csv", RECORD, records)
+    columns = ["labels", "draw", "method", "target", "r2"]
+    data.write_csv(out / "labels.csv", columns, records)
     arrays = {method.name: method.features for method in methods}
     save = partial(np.savez, id=cohort.ids, split=cohort.split, **arrays)
     data.atomic_write(out / "features.npz", save)
 
 
 def write_figures(out, figures):
-    for path in out.glob("*.png"):  # of an earlier evaluation
-        path.unlink()
+    for name in FIGURES:  # those of an earlier evaluation may not stay
+        (out / f"{name}.png").unlink(missing_ok=True)
     for name, figure in figures.items():
         data.atomic_write(out / f"{name}.png", partial(figure.savefig, dpi=100, format="png"))
 

@@ -58,6 +58,10 @@ def xml_text(ecg_mv, rate=500, resolution=5, leads=data.LEADS):
     )
 
 
+def write_xml(path, ecg_mv, **options):
+    path.write_text(xml_text(ecg_mv, **options))
+
+
 def write_wfdb(
     header, ecg_mv, end="dat", gain=1000, baseline=0, unit="mV", leads=data.LEADS, first=None
 ):
@@ -74,11 +78,19 @@ def write_wfdb(
     zero = f"({baseline})" if baseline else ""
     sums = counts.sum(axis=1, dtype=np.int64) % 2**16  # the standard's checksum
     lines = [first or f"{header.stem} {len(leads)} 500 {counts.shape[1]}"]
-    for first, checksum, lead in zip(counts[:, 0], sums, leads, strict=True):
-        fields = f"{form} {gain}{zero}/{unit} 16 0 {first} {checksum} 0 {lead}"
+    for first_count, checksum, lead in zip(counts[:, 0], sums, leads, strict=True):
+        fields = f"{form} {gain}{zero}/{unit} 16 0 {first_count} {checksum} 0 {lead}"
         lines.append(f"{signals.name} {fields}")
     header.write_text("\n".join([*lines, "# Age: 60"]))
     return header
+
+
+def write_shuffled(header, ecg_mv):
+    """WFDB with the leads in another order, in capitals, and a thirteenth signal."""
+    order = np.random.default_rng(1).permutation(13)
+    names = [lead.upper() for lead in data.LEADS] + ["resp"]
+    signals = np.vstack([ecg_mv, np.zeros(ecg_mv.shape[1])])
+    return write_wfdb(header, signals[order], leads=[names[k] for k in order])
 
 
 # ---------------------------------------------------------------- CMR

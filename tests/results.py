@@ -28,7 +28,7 @@ RUNS = {
     "3d_ed": ["--views", "ed"],
     "3d_es": ["--views", "es"],
     "3d_joint": ["--views", "joint"],
-    "three": ["--views", "ed", "es", "joint", "--weights", "ecg_joint=3"],
+    "three": ["--views", "ed", "es", "joint"],
     "no_ed_es": ["--weights", "ed_es=0"],
 }
 CONTROL = ["--shuffle-pairs"]  # evaluated apart: its pairs are wrong on purpose
@@ -164,7 +164,7 @@ def with_interval(value, resampled):
 
 
 def bootstrap_samples(features, cohort):
-    """{method: {group: R² on test and its resamples (1 + B,)}}, the same resamples for all seeds."""
+    """{method: {group: R² (1 + B,)}}: on test, then on resamples, the same for all seeds."""
     assert (features["id"] == cohort.ids).all()
     indices = {split: cohort.indices(split) for split in data.SPLITS}
     counts = evaluate.bootstrap_counts(len(indices["test"]), RESAMPLES, seed=0)

@@ -1,7 +1,4 @@
-"""Damaged files are read or refused, never misread; killed processes leave whole files or none.
-
-Places of damage and moments of kills are drawn from fixed seeds.
-"""
+"""Damaged files are read or refused, never misread; killed processes leave whole files or none."""
 
 import gzip
 import shutil
