@@ -292,8 +292,9 @@ def ecg_filter(mains_hz):
 def ecg_warnings(stored_mv, rate_hz, ecg_mv, residual):
     """What is rare in an ECG: as stored (12, T), cleaned (12, 2500), its limb-lead residual."""
     warnings = []
-    sparse_mv = stored_mv[:, :: int(rate_hz / 100)]  # a sample each 10 ms
-    window = 200  # in 2 s every heart beats
+    stride = int(rate_hz / 100)  # a sample each 10 ms or less is enough
+    sparse_mv = stored_mv[:, ::stride]
+    window = round(2 * rate_hz / stride)  # in 2 s every heart beats
     highest = ndimage.maximum_filter1d(sparse_mv, window, axis=1)
     lowest = ndimage.minimum_filter1d(sparse_mv, window, axis=1)
     still = [name for name, span in zip(LEADS, highest - lowest, strict=True) if span.min() < 0.01]
@@ -335,29 +336,30 @@ class Stack:
 
 
 def read_scan(row, folder):
-    """The CMR of a manifest row: Scan. A cine goes before ed and es. Raises InputError."""
+    """The CMR of a manifest row: Scan. A cine takes precedence over ed and es."""
     folder = Path(folder)
     if row.get("cine"):
-        ed_path = path = folder / row["cine"]
-        ed, es, warnings = read_cine(path, row)
+        ed_path = es_path = folder / row["cine"]
+        stack, es, warnings = read_cine(ed_path, row)
     else:
         ed_path = folder / row["ed"]
-        path = folder / row["es"]
-        ed = read_stack(ed_path)
-        es = onto_grid(read_stack(path, reference=ed), ed, path, order=1)
+        es_path = folder / row["es"]
+        stack = read_stack(ed_path)
+        es = onto_grid(read_stack(es_path, reference=stack), stack, es_path, order=1)
         warnings = []
-    for phase_path, phase in ((ed_path, ed.voxels), (path, es)):
-        require(np.ptp(phase) > 0, phase_path, "is one constant grey level; convert it again")
-    require(not np.array_equal(ed.voxels, es), path, "ED and ES are one image; name two phases")
-    if not ed.follows_heart:
+    ed = stack.voxels
+    for path, phase in ((ed_path, ed), (es_path, es)):
+        require(np.ptp(phase) > 0, path, "is one constant grey level; convert it again")
+    require(not np.array_equal(ed, es), es_path, "ED and ES are one image; name two phases")
+    if not stack.follows_heart:
         warnings.append("no affine along a heart, axes stay as stored: look with data.py show")
-    mm = ed.spacing_mm
+    mm = stack.spacing_mm
     if not (4 <= mm[0] <= 15 and 0.5 <= mm[1] <= 4 and 0.5 <= mm[2] <= 4):
         warnings.append("voxel spacing is unusual (4-15 mm of slices, 0.5-4 mm in plane expected)")
-    scan = Scan({"ed": ed.voxels, "es": es}, mm, warnings=warnings)
+    mask = None
     if row.get("mask"):
-        scan.mask = read_mask(folder / row["mask"], ed, scan)
-    return scan
+        mask = read_mask(folder / row["mask"], stack, motion_map(ed, es, mm))
+    return Scan({"ed": ed, "es": es}, mm, mask, warnings)
 
 
 def read_cine(path, row):
@@ -398,23 +400,22 @@ def read_stack(path, dimensions=3, reference=None):
         rule = f"is {image.ndim}D {image.shape}, but {dimensions}D is needed; see the columns"
         require(image.ndim == dimensions, path, rule)
         spacing_mm = np.array(image.header.get_zooms()[:3], float)
-        is_set = image.header["sform_code"] > 0 or image.header["qform_code"] > 0
-        directions = image.affine[:3, :3] / spacing_mm
-        has_affine = is_set and np.allclose(directions.T @ directions, np.eye(3), atol=0.04)
-        if reference is not None and not (has_affine and reference.affine is not None):
-            has_affine = False
+        affine = image.affine if affine_is_valid(image, spacing_mm) else None
+        if reference is None or (affine is not None and reference.affine is not None):
+            orientation, follows_heart = stack_orientation(spacing_mm, affine)
+        else:
+            affine = None
             orientation = reference.orientation
             follows_heart = reference.follows_heart
-        else:
-            affine = image.affine if has_affine else None
-            orientation, follows_heart = stack_orientation(spacing_mm, affine)
         image = image.as_reoriented(orientation)
         voxels = image.get_fdata(caching="unchanged", dtype=np.float32)  # (Z, Y, X[, T])
     plausible = -1e9 < voxels.min() and voxels.max() < 1e9  # false for NaN
     require(plausible, path, "holds NaN, infinite or absurd voxels; convert it again")
-    spacing_mm = spacing_mm[np.argsort(orientation[:, 0])]  # not as_reoriented's, of the affine
+    # The header's spacing in the new order; nibabel would take it from the affine.
+    spacing_mm = spacing_mm[np.argsort(orientation[:, 0])]
     require_short_axis(path, voxels.shape, spacing_mm)
-    affine = image.affine if has_affine else None
+    if affine is not None:
+        affine = image.affine
     return Stack(np.ascontiguousarray(voxels), spacing_mm, affine, orientation, follows_heart)
 
 
@@ -444,6 +445,13 @@ def load_nifti(path):
     return image
 
 
+def affine_is_valid(image, spacing_mm):
+    """Whether the header sets an affine, and it agrees with the voxel spacing."""
+    is_set = image.header["sform_code"] > 0 or image.header["qform_code"] > 0
+    directions = image.affine[:3, :3] / spacing_mm
+    return is_set and np.allclose(directions.T @ directions, np.eye(3), atol=0.04)
+
+
 def stack_orientation(spacing_mm, affine):
     """How to turn stored axes to (Z, Y, X): (orientation, whether it follows the heart).
 
@@ -453,19 +461,20 @@ def stack_orientation(spacing_mm, affine):
     """
     slice_axis = int(np.flatnonzero(spacing_mm > 0.999 * spacing_mm.max())[-1])  # last of equals
     column_axis, row_axis = [axis for axis in range(3) if axis != slice_axis]
-    signs = np.ones(3)
-    follows_heart = False
+    cosines = np.zeros((3, 3))
     if affine is not None:
         cosines = SHORT_AXIS @ (affine[:3, :3] / spacing_mm)  # (heart direction, stored axis)
-        follows_heart = bool(abs(cosines[0, slice_axis]) >= LEAST_HEART_COSINE)
+    follows_heart = bool(abs(cosines[0, slice_axis]) >= LEAST_HEART_COSINE)
     if follows_heart:
         as_stored = abs(cosines[1, row_axis]) + abs(cosines[2, column_axis])
         exchanged = abs(cosines[1, column_axis]) + abs(cosines[2, row_axis])
         if exchanged > as_stored:
             row_axis, column_axis = column_axis, row_axis
-        signs = np.sign(cosines[[0, 1, 2], [slice_axis, row_axis, column_axis]])
-    orientation = np.empty((3, 2))
-    orientation[[slice_axis, row_axis, column_axis]] = np.stack([np.arange(3), signs], axis=1)
+    orientation = np.ones((3, 2))
+    for place, axis in enumerate((slice_axis, row_axis, column_axis)):
+        orientation[axis, 0] = place
+        if follows_heart and cosines[place, axis] < 0:
+            orientation[axis, 1] = -1
     return orientation, follows_heart
 
 
@@ -500,13 +509,15 @@ def onto_grid(stack, reference, path, order):
     return ndimage.affine_transform(stack.voxels, to_stack, order=order, **options)
 
 
-def read_mask(path, ed, scan):
-    """A label map of the heart at ED, 0 is background -> bool (Z, Y, X) on the grid of ED."""
-    mask = onto_grid(read_stack(path, reference=ed), ed, path, order=0) > 0
-    volume_ml = mask.sum() * scan.spacing_mm.prod() / 1000
+def read_mask(path, stack, motion):
+    """A label map of the heart at ED, 0 is background -> bool (Z, Y, X) on the grid of ED.
+
+    motion: how much each place moves (Y, X), which must overlap.
+    """
+    mask = onto_grid(read_stack(path, reference=stack), stack, path, order=0) > 0
+    volume_ml = mask.sum() * stack.spacing_mm.prod() / 1000
     rule = f"labels {volume_ml:.0f} ml, not {MASK_ML[0]} to {MASK_ML[1]} ml as a heart has"
     require(MASK_ML[0] <= volume_ml <= MASK_ML[1], path, f"{rule}; segment it or empty the cell")
-    motion = motion_map(scan.phases["ed"], scan.phases["es"], scan.spacing_mm)
     moves = motion[mask.any(axis=0)].max() > 0.3 * motion.max()
     require(moves, path, "labels what does not move; use the label map of this heart at ED")
     return mask
@@ -519,7 +530,9 @@ def motion_map(ed, es, spacing_mm):
     prior on the middle of the image.
     """
     shared = has_content(ed) & has_content(es)
-    motion = np.abs(ed - es).mean(axis=0, where=(shared | ~shared.any())[:, None, None])  # (Y, X)
+    if not shared.any():
+        shared[:] = True
+    motion = np.abs(ed - es)[shared].mean(axis=0)  # (Y, X)
     motion = ndimage.gaussian_filter(motion, 6 / spacing_mm[1:])
     y = (np.arange(ed.shape[1]) - (ed.shape[1] - 1) / 2) * spacing_mm[1]
     x = (np.arange(ed.shape[2]) - (ed.shape[2] - 1) / 2) * spacing_mm[2]
@@ -538,7 +551,7 @@ def motion_box(ed, es, spacing_mm):
     slices with an image in either phase.
     """
     motion = motion_map(ed, es, spacing_mm)
-    labels, _ = ndimage.label(motion > 0.3 * motion.max())
+    labels, _ = ndimage.label(motion >= 0.3 * motion.max())
     peak_label = labels[np.unravel_index(motion.argmax(), motion.shape)]
     y, x = ndimage.find_objects(labels)[peak_label - 1]
     filled = np.flatnonzero(has_content(ed) | has_content(es))
@@ -562,16 +575,13 @@ def crop_heart(scan, where="scan"):
     # stack that has the grid's spacing is cropped without blur.
     first = np.array([axis.start for axis in box])
     last = np.array([axis.stop - 1 for axis in box])
-    step = np.array(SPACING_MM) / scan.spacing_mm  # in stored voxels
-    origin = np.round((first + last) / 2 - (np.array(GRID) - 1) / 2 * step)
-    cropped = {name: resample(volume, origin, step) for name, volume in scan.phases.items()}
+    stride = np.array(SPACING_MM) / scan.spacing_mm  # stored voxels between samples
+    origin = np.round((first + last) / 2 - (np.array(GRID) - 1) / 2 * stride)
+    cropped = {name: resample(volume, origin, stride) for name, volume in scan.phases.items()}
 
     # One window, from the part of the grid that the stack covers.
-    covered = []
-    for start, mm, count, size in zip(origin, step, GRID, ed.shape, strict=True):
-        places = start + mm * np.arange(count)
-        covered.append((places >= 0) & (places < size))
-    greys = np.stack([volume[np.ix_(*covered)] for volume in cropped.values()])
+    covered = np.ix_(*covered_samples(origin, stride, ed.shape))
+    greys = np.stack([volume[covered] for volume in cropped.values()])
     low, high = np.percentile(greys, [1, 99])
     require(high > low, where, "shows one grey level around the heart; check the image or its mask")
     arrays = {}
@@ -593,16 +603,25 @@ def crop_heart(scan, where="scan"):
     return arrays, warnings
 
 
-def resample(volume, origin, step):
-    """(Z, Y, X) -> float32 GRID: sample k of an axis lies at stored voxel origin + k step.
+def covered_samples(origin, stride, shape):
+    """For each axis of GRID, which samples lie within a stack of that shape."""
+    covered = []
+    for start, step, count, size in zip(origin, stride, GRID, shape, strict=True):
+        places = start + step * np.arange(count)
+        covered.append((places >= 0) & (places < size))
+    return covered
+
+
+def resample(volume, origin, stride):
+    """(Z, Y, X) -> float32 GRID: sample k of an axis lies at stored voxel origin + k stride.
 
     Where the grid is coarser, a Gaussian first removes what it cannot show; outside is zero.
     """
-    sigma = np.maximum(0, step - 1) / 2  # in stored voxels
+    sigma = np.maximum(0, stride - 1) / 2  # in stored voxels
     volume = ndimage.gaussian_filter(volume, sigma, mode="nearest", truncate=3)
-    on_voxels = (step == step.round()).all()  # then nearest is exact, and three times as fast
+    on_voxels = (stride == stride.round()).all()  # then nearest is exact, and three times as fast
     order = 0 if on_voxels else 1
-    return ndimage.affine_transform(volume, step, origin, GRID, order=order, mode="grid-constant")
+    return ndimage.affine_transform(volume, stride, origin, GRID, order=order, mode="grid-constant")
 
 
 # ---------------------------------------------------------------- manifest
@@ -643,9 +662,10 @@ def read_table(path, required):
     header = f"its header is {','.join(columns)[:200]}"
     missing = [name for name in required if name not in columns]
     require(not missing, path, f"has no column {', '.join(missing)}; {header}; add it")
-    counts = Counter([*columns, "line", "problem"])
-    repeated = [name for name in counts if name and counts[name] > 1]
+    repeated = [name for name, count in Counter(columns).items() if name and count > 1]
     require(not repeated, path, f"names column {', '.join(repeated)} twice; {header}; rename one")
+    is_free = "line" not in columns and "problem" not in columns
+    require(is_free, path, "must not name a column 'line' or 'problem'; rename it")
 
     rows = []
     first_line = {}  # of each id
@@ -1012,7 +1032,10 @@ class CohortDataset(Dataset):
 
 
 def make_loader(dataset, keys, workers=0):
-    """DataLoader that gives dataset[key] for each of keys, [(epoch, indices), …], in order."""
+    """DataLoader that gives dataset[key] for each of keys, [(epoch, indices), …], in order.
+
+    A key is a whole batch, so that there is nothing left to collect: batch_size=None.
+    """
     pin = torch.cuda.is_available()
     return DataLoader(dataset, sampler=keys, batch_size=None, num_workers=workers, pin_memory=pin)
 
@@ -1052,11 +1075,23 @@ def to_batch(stored, device="cpu", seed=None):
     return batch
 
 
-# Uniform draws in 0..1 that a subject takes in an epoch, and how many. Geometry and window are one
-# draw for all phases.
-DRAWS = {"time_shift": 1, "ecg_gain": 1, "lead_off": 12, "wander_hz": 1, "wander_phase": 1}
-DRAWS.update({"wander_mv": 12, "ecg_noise": 2, "is_moved": 1, "angle": 1, "shift": 2})
-DRAWS.update({"grey_gain": 1, "grey_offset": 1, **{f"{phase}_noise": 2 for phase in PHASES}})
+# Uniform draws in 0..1 that a subject takes in an epoch, and how many. New ones go to the end, as
+# they are drawn in this order. Geometry and window are one draw for all phases.
+DRAWS = {
+    "time_shift": 1,
+    "ecg_gain": 1,
+    "lead_off": 12,
+    "wander_hz": 1,
+    "wander_phase": 1,
+    "wander_mv": 12,
+    "ecg_noise": 2,
+    "is_moved": 1,
+    "angle": 1,
+    "shift": 2,
+    "grey_gain": 1,
+    "grey_offset": 1,
+    **{f"{phase}_noise": 2 for phase in PHASES},
+}
 
 
 def augment(batch, seed, epoch, indices):
@@ -1118,8 +1153,9 @@ def add_noise(values, draws, largest, seed):
     """
     table = noise_table(seed, values.device)
     count = values[0].numel()
-    starts = (draws[:, 0] * (len(table) - count)).long().tolist()
-    sizes = between(draws[:, 1], 0, largest).tolist()
+    place, size = draws.unbind(1)  # (B,) each
+    starts = (place * (len(table) - count)).long().tolist()
+    sizes = between(size, 0, largest).tolist()
     for sample, start, size in zip(values, starts, sizes, strict=True):
         sample.add_(table[start : start + count].view_as(sample), alpha=size)
 

@@ -77,7 +77,7 @@ def main():
     if args.resume:
         log = resume(args, defaults, cohort, model, optimizer)
     lr_factor = partial(warmup_then_cosine, args=args, steps_per_epoch=steps_per_epoch)
-    last_step = len(log) * steps_per_epoch - 1
+    last_step = len(log) * steps_per_epoch - 1  # -1: none was taken
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor, last_step)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
 
@@ -120,7 +120,7 @@ def main():
                 save_checkpoint(args, cohort, model, optimizer, log)
                 print(describe(row, args), flush=True)
     except KeyboardInterrupt:
-        return explain_resume(args.out, len(log))
+        return explain_resume(args.out)
     if is_main_process:
         save_ecg_encoder(args.out)
         draw_curves(args, cohort, log)
@@ -267,13 +267,17 @@ def warmup_then_cosine(step, args, steps_per_epoch):
     """Factor of the peak rate: linear warm-up, then a cosine to zero (Loshchilov 2017)."""
     epoch = step / steps_per_epoch
     if epoch < args.warmup_epochs:
+        # From 0.02 epochs on, as a first step at rate 0 would be lost.
         return min(1, max(epoch, 0.02) / args.warmup_epochs)
     progress = (epoch - args.warmup_epochs) / max(1e-9, args.epochs - args.warmup_epochs)
     return (1 + math.cos(math.pi * min(1, progress))) / 2
 
 
 def ecg_partners(cohort, seed):
-    """Whose ECG (N,) stands beside each heart in the negative control: drawn from its split."""
+    """Whose ECG (N,) stands beside each heart in the negative control: drawn from its split.
+
+    About one subject a split draws its own.
+    """
     partners = np.arange(len(cohort.ids))
     for split in data.SPLITS:
         indices = cohort.indices(split)
@@ -401,12 +405,12 @@ def resume(args, defaults, cohort, model, optimizer):
     return saved["log"]
 
 
-def explain_resume(out, epochs):
+def explain_resume(out):
     """Say how to go on after Ctrl-C; returns the exit code."""
     words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
     start = "torchrun (as before)" if dist.is_initialized() else "python"
-    text = f"interrupted; {epochs} epochs are saved in {out}"
-    if epochs:
+    text = f"interrupted; {out} holds the epochs that were completed"
+    if (Path(out) / "last.pt").exists():
         text += f"; go on with: {start} {shlex.join([*words, '--resume'])}"
     print(text, file=sys.stderr)
     return 130

@@ -62,15 +62,13 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for title, subjects, processes, words in CUDA_CASES if is_cuda else CPU_CASES:
             words += f" --device {args.device}"
-            if args.subjects:
-                subjects, words = args.subjects, f"{words} --batch-size 32"
-            cohort = make_cohort(Path(folder), subjects)
+            words += " --batch-size 32" if args.subjects else ""
+            cohort = make_cohort(Path(folder), args.subjects or subjects)
             speed, wait, peak = run_case(cohort, processes, words)
             is_amp = "--amp" in words or is_cuda and "--no-amp" not in words
             share = speed * flops / rates["bfloat16" if is_amp else "float32"]
-            print(
-                f"| {title} | {speed:.0f} | {share:.0%} | {wait:.1%} | {peak:.0f} MB |", flush=True
-            )
+            line = f"| {title} | {speed:.0f} | {share:.0%} | {wait:.1%} | {peak:.0f} MB |"
+            print(line, flush=True)
 
 
 def flops_of_a_pair():
@@ -88,12 +86,11 @@ def multiply_rate(dtype, device, repeats=15):
     size = 8192 if device == "cuda" else 2048
     torch.backends.cuda.matmul.allow_tf32 = True  # as cuDNN's convolutions do by default
     a, b = torch.randn(2, size, size, device=device, dtype=getattr(torch, dtype))
-    seconds = []
+    times = [time.perf_counter()]
     for _ in range(repeats):
-        started = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / np.median(seconds)
+        times.append(time.perf_counter())
+    return 2 * size**3 / np.median(np.diff(times))
 
 
 def make_cohort(folder, count):

@@ -281,7 +281,7 @@ def write_bad(path, kind, content):
         return content
     ed, es = heart_volumes()
     good = {"xml": rhythm(), "npy": rhythm(), "ed": ed, "es": es, "mask": (ed > 200).astype("i2")}
-    array = content if isinstance(content, np.ndarray) else good.get(kind)
+    array = content if isinstance(content, np.ndarray) else good.get(kind.split()[0])
     suffix = f".{kind}"
     column = "ecg"
     if kind == "xml":
@@ -294,7 +294,7 @@ def write_bad(path, kind, content):
         column, _, packed = kind.partition(" ")
         suffix = ".nii.gz" if packed else ".nii"
         options = content if isinstance(content, dict) else {}
-        write_nifti(path.with_suffix(suffix), good[column] if array is None else array, **options)
+        write_nifti(path.with_suffix(suffix), **{"volume": array, **options})
     path = path.with_suffix(suffix)
     if isinstance(content, str | bytes):
         path.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -22,8 +22,8 @@ def read_ecg(name):
     return lambda folder: data.read_ecg({"ecg": name}, folder)[0]
 
 
-def read_images(ending):
-    row = {name: f"a_{name}{ending}" for name in ("ed", "es", "mask")}
+def read_images(ending, names=("ed", "es")):
+    row = {name: f"a_{name}{ending}" for name in names}
     return lambda folder: np.stack([*data.crop_heart(data.read_scan(row, folder))[0].values()])
 
 
@@ -39,8 +39,9 @@ def read_cohort(folder):
 
 TARGETS = {"a.xml": read_ecg("a.xml"), "a.hea": read_ecg("a.hea"), "a.dat": read_ecg("a.hea")}
 TARGETS.update({"m.mat": read_ecg("m.hea"), "a.npy": read_ecg("a.npy")})
-TARGETS.update({f"a_{name}.nii": read_images(".nii") for name in ("ed", "mask")})
-TARGETS.update({"a_es.nii.gz": read_images(".nii.gz"), "manifest.csv": read_manifest})
+TARGETS.update({"a_ed.nii": read_images(".nii"), "a_es.nii.gz": read_images(".nii.gz")})
+TARGETS.update({"a_mask.nii": read_images(".nii", ("ed", "es", "mask"))})
+TARGETS.update({"manifest.csv": read_manifest})
 TARGETS.update({f"c/{name}": read_cohort for name in ("cohort.json", "subjects.csv", "ed.npy")})
 
 
