@@ -350,15 +350,16 @@ def read_scan(row, folder):
     ed = stack.voxels
     for path, phase in ((ed_path, ed), (es_path, es)):
         require(np.ptp(phase) > 0, path, "is one constant grey level; convert it again")
-    require(not np.array_equal(ed, es), es_path, "ED and ES are one image; name two phases")
     if not stack.follows_heart:
         warnings.append("no affine along a heart, axes stay as stored: look with data.py show")
     mm = stack.spacing_mm
+    motion = motion_map(ed, es, mm)
+    require(motion.max() > 0, es_path, "ED and ES are one image; name two phases")
     if not (4 <= mm[0] <= 15 and 0.5 <= mm[1] <= 4 and 0.5 <= mm[2] <= 4):
         warnings.append("voxel spacing is unusual (4-15 mm of slices, 0.5-4 mm in plane expected)")
     mask = None
     if row.get("mask"):
-        mask = read_mask(folder / row["mask"], stack, motion_map(ed, es, mm))
+        mask = read_mask(folder / row["mask"], stack, motion)
     return Scan({"ed": ed, "es": es}, mm, mask, warnings)
 
 
