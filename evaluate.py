@@ -125,7 +125,7 @@ def frozen_features(model, cohort, names, device):
             raise RuntimeError(f"{name} of the frozen model changed while it was evaluated")
     for name, values in features.items():
         data.require(values.isfinite().all(), name, "features are not finite; train again")
-    return {name: values.numpy() for name, values in features.items()}
+    return {name: values.cpu().numpy() for name, values in features.items()}
 
 
 @torch.no_grad()
@@ -529,7 +529,7 @@ def predict(run, cohort, indices, table_path, device):
     # Encode them like the cohort's ECGs, behind which they stand from here on.
     known = frozen_features(run.model, cohort, ("ecg",), device)["ecg"]  # (N, D)
     batches = [data.to_batch({"ecg": chunk}, device) for chunk in ecgs.split(128)]
-    new = models.extract_features(run.model, batches)["ecg"].numpy()  # (n, D)
+    new = models.extract_features(run.model, batches)["ecg"].cpu().numpy()  # (n, D)
     x = standardise(np.concatenate([known, new]), indices["train"])
 
     # Predict, with an interval for phenotypes.

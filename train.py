@@ -120,7 +120,7 @@ def main():
                 save_checkpoint(args, cohort, model, optimizer, log)
                 print(describe(row, args), flush=True)
     except KeyboardInterrupt:
-        return explain_resume(args.out)
+        return explain_resume(args.out, epoch)
     if is_main_process:
         save_ecg_encoder(args.out)
         draw_curves(args, cohort, log)
@@ -274,15 +274,13 @@ def warmup_then_cosine(step, args, steps_per_epoch):
 
 
 def ecg_partners(cohort, seed):
-    """Whose ECG (N,) stands beside each heart in the negative control: drawn from its split.
-
-    About one subject a split draws its own.
-    """
+    """Whose ECG (N,) stands beside each heart in the negative control: another one's of its split."""
     partners = np.arange(len(cohort.ids))
     for split in data.SPLITS:
         indices = cohort.indices(split)
         rng = np.random.default_rng([seed, len(indices)])
-        partners[indices] = rng.permutation(indices)
+        order = rng.permutation(indices)
+        partners[order] = np.roll(order, 1)
     return partners
 
 
@@ -405,12 +403,12 @@ def resume(args, defaults, cohort, model, optimizer):
     return saved["log"]
 
 
-def explain_resume(out):
+def explain_resume(out, epochs):
     """Say how to go on after Ctrl-C; returns the exit code."""
     words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
     start = "torchrun (as before)" if dist.is_initialized() else "python"
-    text = f"interrupted; {out} holds the epochs that were completed"
-    if (Path(out) / "last.pt").exists():
+    text = f"interrupted; {epochs} epochs are saved in {out}"
+    if epochs:
         text += f"; go on with: {start} {shlex.join([*words, '--resume'])}"
     print(text, file=sys.stderr)
     return 130
