@@ -274,7 +274,7 @@ def warmup_then_cosine(step, args, steps_per_epoch):
 
 
 def ecg_partners(cohort, seed):
-    """Whose ECG (N,) stands beside each heart in the negative control: another one's of its split."""
+    """Whose ECG (N,) stands beside each heart in the control: another subject's of its split."""
     partners = np.arange(len(cohort.ids))
     for split in data.SPLITS:
         indices = cohort.indices(split)
