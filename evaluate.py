@@ -699,7 +699,7 @@ def draw_figures(runs, methods, metrics, cohort, test):
     if phenotypes and len(runs) > 1:
         figures["views"] = draw_views(runs, metrics, cohort)
     if phenotypes and metrics["labels"]:
-        figures["labels"] = draw_label_curve(metrics["labels"], cohort)
+        figures["labels"] = draw_label_curve(metrics["labels"], first.name, cohort)
     return figures
 
 
@@ -771,13 +771,13 @@ def draw_views(runs, metrics, cohort):
     return figure
 
 
-def draw_label_curve(curve, cohort):
-    """Mean R² over all phenotypes for each number of labels."""
+def draw_label_curve(curve, run, cohort):
+    """Mean R² over all phenotypes for each number of labels: one run against the baselines."""
     results = defaultdict(dict)
     for labels, scores in curve.items():
-        for method, entries in scores.items():
-            if "all" in entries:
-                results[method][labels] = entries["all"]
+        for method in (run, *CURVE_BASELINES):
+            if "all" in scores.get(method, {}):
+                results[method][labels] = scores[method]["all"]
     figure = new_figure("How many labels it takes", cohort, height=4.2)
     axis = figure.subplots()
     draw_scores(axis, results, list(curve), width=0.2, line="-")
