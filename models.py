@@ -139,7 +139,8 @@ class DualPhase(nn.Module):
 
     def encode(self, name, x):
         encoder = self.encoders[name]
-        return encoder(x).to(encoder.stem.weight.dtype)  # autocast ends here
+        dtype = next(encoder.parameters()).dtype
+        return encoder(x).to(dtype)  # autocast's bfloat16 ends here
 
     def embed(self, features):
         """Features {name: (B, D)} -> unit vectors {name: (B, 128)}."""
