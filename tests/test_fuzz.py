@@ -37,6 +37,7 @@ def read_cohort(folder):
     return np.concatenate([tensor.flatten() for tensor in next(batches).values()])
 
 
+RNG = np.random.default_rng(0)
 TARGETS = {"a.xml": read_ecg("a.xml"), "a.hea": read_ecg("a.hea"), "a.dat": read_ecg("a.hea")}
 TARGETS.update({"m.mat": read_ecg("m.hea"), "a.npy": read_ecg("a.npy")})
 TARGETS.update({"a_ed.nii": read_images(".nii"), "a_es.nii.gz": read_images(".nii.gz")})
@@ -113,11 +114,10 @@ def run(command, folder, kill_after=None):
         return None
 
 
-def kills(command, folder, count):
-    """Seconds after which to kill a script, where it writes; the last is None: to its end."""
+def kills(command, folder, parts):
+    """Seconds after which to kill a script, at parts of its time; the last is None: to its end."""
     started = time.time()
     assert run(command, folder) == 0
-    parts = np.random.default_rng(0).uniform(0.4, 1, count)
     return [*parts * (time.time() - started), None]
 
 
@@ -127,7 +127,7 @@ def test_a_killed_writer_leaves_no_cohort_or_a_whole_one(command, tmp_path):
     row = raw.write_subject(tmp_path)
     raw.write_manifest(tmp_path, [{**row, "id": str(k)} for k in range(300)])
     command += " made --workers 2"
-    for seconds in kills(command, tmp_path, 6):
+    for seconds in kills(command, tmp_path, RNG.uniform(0.3, 0.7, 6)):
         shutil.rmtree(tmp_path / "made", ignore_errors=True)
         code = run(command, tmp_path, seconds)
         if (tmp_path / "made").exists():
@@ -137,9 +137,9 @@ def test_a_killed_writer_leaves_no_cohort_or_a_whole_one(command, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_training_goes_on_as_if_it_had_not_been(cohort_folder, tmp_path):
-    command = f"train.py --data {cohort_folder} --epochs 6 --batch-size 16 --out"
+    command = f"train.py --data {cohort_folder} --epochs 24 --batch-size 16 --out"
     last = tmp_path / "run" / "last.pt"
-    for seconds in kills(f"{command} whole", tmp_path, 8):
+    for seconds in kills(f"{command} whole", tmp_path, RNG.uniform(0.3, 0.5, 8)):
         mode = "--resume" if last.exists() else "--overwrite"
         code = run(f"{command} run {mode}", tmp_path, seconds)
         for path in (tmp_path / "run").glob("*.pt"):
