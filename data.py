@@ -171,10 +171,10 @@ SIGNAL_LINE = re.compile(
     r"""(?P<file>\S+)
     \s+ 16 (x1)? (:0)? (\+(?P<offset>\d{1,9}))?    # format 16, bytes before the samples
     \s+ (?P<gain>[-+.\deE]+)                       # steps per unit
-    (\((?P<baseline>[-+]?\d+)\))?                  # step that means 0
+    (\([-+]?\d+\))?                                # step of 0 mV; cleaning takes the median away
     (/(?P<unit>\S+))?
     (\s+ \S+)?                                     # bits of a step; from here on all may lack
-    (\s+ (?P<zero>[-+]?\d+))?                      # baseline, where none is given
+    (\s+ \S+)?                                     # middle of the steps
     (\s+ \S+)?                                     # first sample
     (\s+ (?P<checksum>[-+]?\d+))?                  # sum of the samples in 16 bits
     (\s+ \S+)?                                     # block size
@@ -219,8 +219,7 @@ def to_millivolt(steps, header_line, path):
     require(unit_mv, path, f"unit '{header_line['unit']}' is none of mV, uV, V; correct the header")
     gain = parse_number(header_line["gain"])
     require(1e-6 < gain < 1e9, path, f"gain {header_line['gain']} is not positive; correct it")
-    baseline = int(header_line["baseline"] or header_line["zero"] or 0)
-    samples_mv = (steps.astype(float) - baseline) * unit_mv / gain
+    samples_mv = steps * (unit_mv / gain)
     samples_mv[steps == -32768] = np.nan  # the standard's mark of a missing sample
     return samples_mv
 
@@ -425,11 +424,8 @@ def load_nifti(path):
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     with opener(path, "rb") as file:
         content = file.read(int(LARGEST_IMAGE_MB * 1e6) + 1)
-    require(
-        len(content) <= LARGEST_IMAGE_MB * 1e6,
-        path,
-        f"unpacks to over {LARGEST_IMAGE_MB} MB; crop it",
-    )
+    rule = f"unpacks to over {LARGEST_IMAGE_MB} MB; crop it"
+    require(len(content) <= LARGEST_IMAGE_MB * 1e6, path, rule)
     is_nifti2 = content[4:7] == b"n+2"
     require(is_nifti2 or content[344:347] == b"n+1", path, "is no NIfTI file; convert it")
     image_class = nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image
@@ -441,8 +437,10 @@ def load_nifti(path):
     image = nibabel.squeeze_image(image_class.from_bytes(content))
     dtype = image.get_data_dtype()
     require(dtype.kind in "iuf", path, f"holds {dtype} voxels, not grey levels; convert it again")
-    whole = 0 < math.prod(image.shape) * dtype.itemsize <= len(content)
+    voxels = math.prod(image.shape)
+    whole = 0 < voxels * dtype.itemsize <= len(content)
     require(whole, path, f"announces {image.shape} voxels but holds fewer; copy it again")
+    require(4 * voxels <= LARGEST_IMAGE_MB * 1e6, path, rule)  # float32 takes 4 bytes
     return image
 
 
@@ -990,15 +988,19 @@ def open_cohort(folder):
 def find_cohort(path):
     """What --data names, opened: a cohort folder, or a manifest, which is prepared once.
 
-    A manifest is prepared into cohorts/ with a 50 Hz notch, and anew when it changes.
+    A manifest is prepared into cohorts/ with a 50 Hz notch, and anew when it or its files change.
     """
     path = Path(path)
     if path.is_dir():
         return open_cohort(path)
-    require_file(path, LARGEST_IMAGE_MB)
-    options = str((GRID, SPACING_MM, FORMAT_VERSION)).encode()
-    digest = hashlib.sha256(path.read_bytes() + options).hexdigest()
-    folder = Path("cohorts") / f"{path.stem}-{digest[:8]}"
+    rows = read_table(path, required=("id", "ecg"))
+    digest = hashlib.sha256(str((path.resolve(), GRID, SPACING_MM, rows)).encode())
+    for row in rows:
+        for column in FILE_COLUMNS:
+            file = path.parent / row.get(column, "")
+            if file.is_file():
+                digest.update(str(file.stat().st_mtime_ns).encode())
+    folder = Path("cohorts") / f"{path.stem}-{digest.hexdigest()[:8]}"
     if not folder.exists():
         prepare(path, folder)
     return open_cohort(folder)
