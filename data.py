@@ -253,7 +253,10 @@ def clean_ecg(ecg_mv, rate_hz, mains_hz=50, where="ECG"):
     ratio = Fraction(SAMPLING_RATE_HZ / rate_hz).limit_denominator(1000)
     ecg_mv = ecg_mv - np.median(ecg_mv, axis=1, keepdims=True)
     ecg_mv = scipy.signal.resample_poly(ecg_mv, ratio.numerator, ratio.denominator, axis=1)
-    filters = ecg_filter(mains_hz)
+    filters = scipy.signal.butter(2, 0.5, "highpass", fs=SAMPLING_RATE_HZ, output="sos")
+    if mains_hz:
+        notch = scipy.signal.iirnotch(mains_hz, 30, fs=SAMPLING_RATE_HZ)
+        filters = np.concatenate([filters, scipy.signal.tf2sos(*notch)])
     ecg_mv = scipy.signal.sosfiltfilt(filters, ecg_mv, axis=1, padlen=2 * SAMPLING_RATE_HZ)
 
     # Keep the middle 10 s; resampling may have lost the last sample.
@@ -276,16 +279,6 @@ def clean_ecg(ecg_mv, rate_hz, mains_hz=50, where="ECG"):
     require(residual <= 0.2, where, f"{rule} or inverted leads")
     warnings = ecg_warnings(stored_mv, rate_hz, ecg_mv, residual)
     return np.round(ecg_mv.clip(-10, 10) * 1000).astype(np.int16), warnings
-
-
-@lru_cache
-def ecg_filter(mains_hz):
-    """Second-order sections: Butterworth high-pass 0.5 Hz and, unless 0, a notch at mains_hz."""
-    highpass = scipy.signal.butter(2, 0.5, "highpass", fs=SAMPLING_RATE_HZ, output="sos")
-    if mains_hz == 0:
-        return highpass
-    notch = scipy.signal.iirnotch(mains_hz, 30, fs=SAMPLING_RATE_HZ)
-    return np.concatenate([highpass, scipy.signal.tf2sos(*notch)])
 
 
 def ecg_warnings(stored_mv, rate_hz, ecg_mv, residual):
@@ -413,7 +406,12 @@ def read_stack(path, dimensions=3, reference=None):
     require(plausible, path, "holds NaN, infinite or absurd voxels; convert it again")
     # The header's spacing in the new order; nibabel would take it from the affine.
     spacing_mm = spacing_mm[np.argsort(orientation[:, 0])]
-    require_short_axis(path, voxels.shape, spacing_mm)
+    extent_mm = voxels.shape[:3] * spacing_mm
+    has_pixels = len(voxels) >= 3 and min(voxels.shape[1:3]) >= 16
+    has_size = extent_mm[0] >= 25 and extent_mm[1:].min() >= 80
+    size = f"{voxels.shape[:3]} voxels (Z, Y, X) of {spacing_mm.round(2).tolist()} mm"
+    rule = f"has {size}, too little for a heart; correct the spacing or the file"
+    require(has_pixels and has_size, path, rule)
     if affine is not None:
         affine = image.affine
     return Stack(np.ascontiguousarray(voxels), spacing_mm, affine, orientation, follows_heart)
@@ -475,15 +473,6 @@ def stack_orientation(spacing_mm, affine):
         if follows_heart and cosines[place, axis] < 0:
             orientation[axis, 1] = -1
     return orientation, follows_heart
-
-
-def require_short_axis(path, shape, spacing_mm):
-    """Refuse what is no short-axis stack by its size in voxels and in mm (Z, Y, X)."""
-    extent_mm = shape[:3] * spacing_mm
-    is_stack = shape[0] >= 3 and min(shape[1:3]) >= 16
-    is_stack = is_stack and extent_mm[0] >= 25 and min(extent_mm[1:]) >= 80
-    size = f"{shape[0]} slices of {shape[1]} x {shape[2]} at {spacing_mm.round(2).tolist()} mm"
-    require(is_stack, path, f"has {size}, too little for a heart; correct the spacing or the file")
 
 
 def onto_grid(stack, reference, path, order):
@@ -579,7 +568,9 @@ def crop_heart(scan, where="scan"):
     cropped = {name: resample(volume, origin, stride) for name, volume in scan.phases.items()}
 
     # One window, from the part of the grid that the stack covers.
-    covered = np.ix_(*covered_samples(origin, stride, ed.shape))
+    begin = np.maximum(0, np.ceil(-origin / stride)).astype(int)
+    end = np.minimum(GRID, np.ceil((ed.shape - origin) / stride)).astype(int)
+    covered = tuple(map(slice, begin, end))
     greys = np.stack([volume[covered] for volume in cropped.values()])
     low, high = np.percentile(greys, [1, 99])
     require(high > low, where, "shows one grey level around the heart; check the image or its mask")
@@ -594,21 +585,12 @@ def crop_heart(scan, where="scan"):
     room_mm = np.multiply(GRID, SPACING_MM)
     if size_mm[0] > room_mm[0]:
         warnings.append("the stack is taller than the box, slices at its ends are cut")
-    if (size_mm > 0.9 * room_mm)[1:].any():
+    if (size_mm[1:] > 0.9 * room_mm[1:]).any():
         warnings.append("the heart touches the border of the box")
     middle = (low + high) / 2
     if (es[box] > middle).sum() > (ed[box] > middle).sum():  # bright voxels: blood
         warnings.append("ES seems to hold more blood than ED, are they exchanged?")
     return arrays, warnings
-
-
-def covered_samples(origin, stride, shape):
-    """For each axis of GRID, which samples lie within a stack of that shape."""
-    covered = []
-    for start, step, count, size in zip(origin, stride, GRID, shape, strict=True):
-        places = start + step * np.arange(count)
-        covered.append((places >= 0) & (places < size))
-    return covered
 
 
 def resample(volume, origin, stride):
@@ -757,7 +739,7 @@ def implausible_values(row):
     for side in ("LV", "RV"):
         names = (f"{side}EDV_ml", f"{side}ESV_ml", f"{side}EF_pct")
         edv, esv, ef = [parse_number(row.get(name)) for name in names]
-        if abs(100 * (edv - esv) - ef * edv) > 3 * abs(edv):
+        if edv > 0 and abs(ef - 100 * (edv - esv) / edv) > 3:
             warnings.append(f"{names[2]} is not 100 ({names[0]} - {names[1]}) / {names[0]}")
     return warnings
 
@@ -871,9 +853,6 @@ def write_cohort(folder, subjects, columns, source):
             "source": source,
             "grid": GRID,
             "spacing_mm": SPACING_MM,
-            "sampling_rate_hz": SAMPLING_RATE_HZ,
-            "leads": LEADS,
-            "subjects": len(report.rows),
         }
         (aside / "cohort.json").write_text(json.dumps(description, indent=1))
     return report
@@ -1231,6 +1210,19 @@ def draw_ecg(axis, ecg_mv):
     axis.set(xlim=(0, 10), ylim=(-10.5, 2), xlabel="time (s)", ylabel="mV, rows 3 mV apart")
 
 
+def parse_arguments(parser, limits):
+    """Parse a command line. limits: {name of an option: (smallest, largest value)}."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        require(value != "", option, "must not be empty")
+        if name in limits and value is not None:
+            low, high = limits[name]
+            require(low <= value <= high, option, f"must be from {low:g} to {high:g}")
+    return args
+
+
 def run_command(main):
     """Run a script: one sentence and exit code 2 for the user's mistakes, 130 when interrupted."""
     code = 2
@@ -1251,8 +1243,7 @@ def run_command(main):
 
 
 def main():
-    raw_text = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw_text)
+    parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     checking = commands.add_parser("check", help="validate every row, write nothing")
     preparing = commands.add_parser("prepare", help="raw files -> cohort folder")
@@ -1266,12 +1257,9 @@ def main():
     showing.add_argument("cohort", help="cohort folder")
     showing.add_argument("--subject", required=True, help="id in subjects.csv")
     showing.add_argument("--out", default="subject.png", help="PNG file (default subject.png)")
-    args = parser.parse_args()
-    for name, value in vars(args).items():
-        require(value != "", name, "must not be empty")
+    args = parse_arguments(parser, {"workers": (1, 1000)})
     if args.command == "show":
         return show(args.cohort, args.subject, args.out)
-    require(args.workers is None or args.workers >= 1, "--workers", "must be at least 1")
     if args.command == "check":
         return check(args.manifest, args.workers, args.mains)
     return prepare(args.manifest, Path(args.cohort), args.workers, args.mains)

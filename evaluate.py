@@ -33,6 +33,7 @@ import models
 ALPHAS = 10.0 ** np.arange(-1, 5.5, 0.5)  # penalties to choose from
 GROUPS = ("structural", "functional", "all")  # of phenotypes
 TOP_K = (1, 5, 10)  # recall@k
+LIMITS = {"bootstrap": (1, 100_000), "seed": (0, 2**63 - 1)}
 FEWEST_LABELS = 20  # in the label curve, and on validation for a prediction interval
 LABEL_DRAWS = 10  # of n labels, in the label curve
 SUPERVISED_DRAWS = 3  # fewer, as each trains an encoder
@@ -43,8 +44,8 @@ CURVE_BASELINES = ("covariates", "random_encoder", "supervised")
 TAKEN_NAMES = {"mean", "covariates", "random_encoder", "supervised", "id", "split", "file"}
 # Safe for colour-blind readers (Okabe and Ito).
 COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #F0E442 #000000 #999999".split()
-MARKERS = "osD^vP*X<"
 
+matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLORS)
 matplotlib.rcParams["text.parse_math"] = False  # two $ in a column's name are no formula
 
 
@@ -88,16 +89,12 @@ def load_run(folder):
     path = Path(folder) / "best.pt"
     rule = "holds no trained run (no best.pt); train one with train.py"
     data.require(path.is_file(), folder, rule)
-    name = path.parent.resolve().name
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            saved = torch.load(path, map_location="cpu", weights_only=True)  # no foreign code
+    with warnings.catch_warnings(action="ignore"), data.reading(path):
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
         model = models.build(argparse.Namespace(**saved["args"]))
         model.load_state_dict(saved["model"])
+        name = path.parent.resolve().name
         return Run(name, path.parent, model, saved["args"]["data"], saved["cohort"])
-    except Exception as error:  # torch.load raises whatever the damage leads to
-        rule = f"is damaged or of another architecture ({type(error).__name__}); train again"
-        raise data.InputError(path, rule) from None
 
 
 def choose_cohort(path, runs):
@@ -236,7 +233,7 @@ def fit_probe(x, y, indices, binary):
     outputs = x @ weights[:-1] + weights[-1]  # (N, alphas)
     val_labels = y[val][:, None]  # (n_val, 1)
     if binary:
-        errors = np.logaddexp(0, outputs[val] * (1 - 2 * val_labels))
+        errors = np.logaddexp(0, outputs[val]) - val_labels * outputs[val]
     else:
         errors = np.square(outputs[val] - val_labels)
     best = errors.mean(0).argmin()
@@ -301,22 +298,19 @@ def interval(samples):
     return np.nanpercentile(samples, [2.5, 97.5]).tolist()
 
 
-def score_phenotype(y, prediction, train_mean, counts):
-    """Metrics of a phenotype on test (n,), and its samples of R²."""
-    samples = r2_samples(y, prediction, train_mean, counts)
-    metrics = {"r2": samples[0], "r2_ci": interval(samples)}
-    varies = np.ptp(prediction) > 0
-    metrics["pearson"] = np.corrcoef(y, prediction)[0, 1] if varies else 0.0
-    metrics["mae"] = np.abs(y - prediction).mean()
-    return metrics, samples
-
-
-def score_outcome(y, probability, counts):
-    """Metrics of an outcome on test (n,), and its samples of AUROC."""
-    samples = auroc_samples(y, probability, counts)
-    metrics = {"auroc": samples[0], "auroc_ci": interval(samples)}
-    metrics["auprc"] = average_precision(y, probability)
-    metrics["prevalence"] = y.mean()
+def score(y, prediction, binary, train_mean, counts):
+    """Metrics of a target on test (n,); its R² or AUROC for each row of counts (1 + B, n)."""
+    if binary:
+        samples = auroc_samples(y, prediction, counts)
+        metrics = {"auroc": samples[0], "auroc_ci": interval(samples)}
+        metrics["auprc"] = average_precision(y, prediction)
+        metrics["prevalence"] = y.mean()
+    else:
+        samples = r2_samples(y, prediction, train_mean, counts)
+        metrics = {"r2": samples[0], "r2_ci": interval(samples)}
+        varies = np.ptp(prediction) > 0
+        metrics["pearson"] = np.corrcoef(y, prediction)[0, 1] if varies else 0.0
+        metrics["mae"] = np.abs(y - prediction).mean()
     return metrics, samples
 
 
@@ -329,15 +323,10 @@ def probe(x, cohort, indices, targets, counts):
             continue
         binary = target in cohort.outcomes
         predictions, alpha = fit_probe(x, y, indices, binary)
+        train_mean = y[labelled(y, indices["train"])].mean()
         known = ~np.isnan(y[indices["test"]])  # (n_test,)
         test = indices["test"][known]
-        if binary:
-            metrics, samples = score_outcome(y[test], predictions[test], counts[:, known])
-        else:
-            train_mean = y[labelled(y, indices["train"])].mean()
-            metrics, samples = score_phenotype(
-                y[test], predictions[test], train_mean, counts[:, known]
-            )
+        metrics, samples = score(y[test], predictions[test], binary, train_mean, counts[:, known])
         scores.metrics[target] = {**metrics, "n_test": len(test), "alpha": alpha}
         scores.samples[target] = samples
         scores.predictions[target] = predictions
@@ -607,63 +596,45 @@ def collect_metrics(runs, methods, records, test):
 
 
 def table_text(metrics, methods, cohort, indices):
-    """table.md: all that a reader compares."""
+    """table.md: all that a reader compares. metrics.json holds more."""
     phenotypes = cohort.phenotypes
-    outcomes = cohort.outcomes
     probes = metrics["probe"]
     from_ecg = {m.name: probes[m.name] for m in methods if m.kind != "latent"}
     latents = {m.name: probes[m.name] for m in methods if m.kind == "latent"}
-    first = {methods[0].name: probes[methods[0].name]}
-    paired = metrics["paired"]
-
     splits = ", ".join(f"{len(indices[split])} {split}" for split in data.SPLITS)
     text = f"{cohort.source['kind'].capitalize()} cohort ({splits} subjects). Scores are of test "
     text += "subjects, with 95 % intervals; R² is against the training mean.\n"
-    text += score_table("mean R²", metrics["groups"], GROUPS, "r2", ".3f")
-    text += score_table("difference in mean R²", paired, GROUPS, "difference", "+.3f")
-    text += score_table("relative difference", paired, GROUPS, "relative", "+.1%")
-    text += score_table("R² from ECG", from_ecg, phenotypes, "r2", ".2f")
-    text += score_table("R² from latents", latents, phenotypes, "r2", ".2f")
-    text += score_table("difference in R²", paired, phenotypes, "difference", "+.2f")
-    text += score_table("Pearson r", first, phenotypes, "pearson", ".2f")
-    text += score_table("mean absolute error", first, phenotypes, "mae", ".3g")
-    text += score_table("AUROC", from_ecg, outcomes, "auroc", ".2f")
-    text += score_table("AUPRC", from_ecg, outcomes, "auprc", ".2f")
-    text += score_table("prevalence", first, outcomes, "prevalence", ".2f")
+    text += table("mean R²", metrics["groups"], GROUPS, ".3f", "r2")
+    text += table("difference in mean R²", metrics["paired"], GROUPS, "+.3f", "difference")
+    text += table("relative difference", metrics["paired"], GROUPS, "+.1%", "relative")
+    text += table("R² from ECG", from_ecg, phenotypes, ".2f", "r2")
+    text += table("R² from latents", latents, phenotypes, ".2f", "r2")
+    text += table("mean absolute error", from_ecg, phenotypes, ".3g", "mae")
+    text += table("AUROC", from_ecg, cohort.outcomes, ".2f", "auroc")
     for labels, results in metrics["labels"].items():
-        columns = [*GROUPS, *phenotypes]
-        text += score_table(f"R², {labels} labels", results, columns, "r2", ".2f")
+        text += table(f"R², {labels} labels", results, [*GROUPS, *phenotypes], ".2f", "r2")
     columns = [f"{name}@{k}" for k in TOP_K for name in ("recall", "chance")]
     columns += ["median_rank", "chance_rank", "n"]
     for run, directions in metrics["retrieval"].items():
-        rows = {}
-        for direction, ranks in directions.items():
-            rows[direction] = [cell(ranks, column, ".3g") for column in columns]
-        text += table(f"retrieval by {run}", columns, rows)
+        text += table(f"retrieval by {run}", directions, columns, ".3g")
     return text
 
 
-def score_table(title, results, columns, key, form):
-    """Markdown of one key of results {row: {column: {key: value}}}, without rows of nothing."""
-    rows = {}
+def table(title, results, columns, form, key=None):
+    """Markdown of results {row: {column: {key: value}}}, or {row: {column: value}} without a key.
+
+    Rows of which nothing is known are left out, and tables without rows.
+    """
+    header = [title, *[column.replace("|", "\\|") for column in columns]]
+    lines = [f"\n| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for row, entries in results.items():
-        cells = [cell(entries.get(column, {}), key, form) for column in columns]
+        if key:
+            cells = [cell(entries.get(column, {}), key, form) for column in columns]
+        else:
+            cells = [cell(entries, column, form) for column in columns]
         if set(cells) - {"-"}:
-            rows[row] = cells
-    return table(title, columns, rows)
-
-
-def table(title, columns, rows):
-    """Markdown of texts {row: cells}; nothing without rows."""
-    if not rows:
-        return ""
-    lines = [[title, *columns], ["---"] * (1 + len(columns))]
-    lines += [[row, *cells] for row, cells in rows.items()]
-    text = "\n"
-    for line in lines:
-        escaped = [word.replace("|", "\\|") for word in line]
-        text += f"| {' | '.join(escaped)} |\n"
-    return text
+            lines.append(f"| {row.replace('|', '/')} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""]) if len(lines) > 2 else ""
 
 
 def cell(entry, key, form):
@@ -688,18 +659,41 @@ def draw_figures(runs, methods, metrics, cohort, test):
     groups = group_phenotypes([name for name in cohort.phenotypes if name in first.scores.metrics])
     phenotypes = groups["structural"] + groups["functional"]
     figures = {"gallery": draw_gallery(runs[0], cohort, test)}
-    if phenotypes:
-        ecg_methods = [m for m in methods if m.kind != "latent" and m.name != "mean"]
-        title = "What linear probes read from the ECG"
-        figures["probe"] = draw_probes(title, ecg_methods, phenotypes, cohort)
-        methods_of_first = [m for m in methods if m.run == first.name]
-        title = f"What the ECG encoder of {first.name} and its image encoders know"
-        figures["latents"] = draw_probes(title, methods_of_first, phenotypes, cohort)
-        figures["scatter"] = draw_scatter(first, phenotypes, cohort, test)
-    if phenotypes and len(runs) > 1:
-        figures["views"] = draw_views(runs, metrics, cohort)
-    if phenotypes and metrics["labels"]:
-        figures["labels"] = draw_label_curve(metrics["labels"], first.name, cohort)
+    if not phenotypes:
+        return figures
+    ecg_methods = [m for m in methods if m.kind != "latent" and m.name != "mean"]
+    results = {m.name: m.scores.metrics for m in ecg_methods}
+    title = "What linear probes read from the ECG"
+    figures["probe"] = draw_scores(title, {"": results}, phenotypes, "phenotype (unit)", cohort)
+    results = {m.name: m.scores.metrics for m in methods if m.run == first.name}
+    title = f"What the ECG encoder of {first.name} and its image encoders know"
+    figures["latents"] = draw_scores(title, {"": results}, phenotypes, "phenotype (unit)", cohort)
+    figures["scatter"] = draw_scatter(first, phenotypes, cohort, test)
+
+    # The runs with all labels, and beside it with 100
+    tables = {"all labels": metrics["groups"], "100 labels": metrics["labels"].get("100", {})}
+    panels = {}
+    for title, table_of_methods in tables.items():
+        of_runs = {run.name: table_of_methods.get(run.name) for run in runs}
+        if all(of_runs.values()):
+            panels[title] = of_runs
+    if len(runs) > 1:
+        title = "What the ECG learns from each view of the heart"
+        columns = ["structural", "functional"]
+        figures["views"] = draw_scores(title, panels, columns, "mean over phenotypes", cohort)
+
+    # Mean over all phenotypes by number of labels: one run against the baselines
+    curve = defaultdict(dict)  # {method: {labels: entry}}
+    for labels, table_of_methods in metrics["labels"].items():
+        for method in (first.name, *CURVE_BASELINES):
+            if method in table_of_methods:
+                curve[method][labels] = table_of_methods[method]["all"]
+    if curve:
+        title = "How many labels it takes"
+        counts = list(metrics["labels"])
+        figures["labels"] = draw_scores(
+            title, {"": curve}, counts, "labelled subjects", cohort, "-"
+        )
     return figures
 
 
@@ -717,22 +711,25 @@ def axis_label(name):
     return f"{stem} ({unit})" if stem else name
 
 
-def draw_scores(axis, results, names, width=0.8, line=""):
-    """R² with error bars of {label: {name: {"r2", "r2_ci" or "sd"}}}: labels side by side."""
-    step = width / len(results)
-    for k, (label, entries) in enumerate(results.items()):
-        shown = [name for name in names if name in entries]
-        x = [names.index(name) - width / 2 + (k + 0.5) * step for name in shown]
-        r2 = np.array([entries[name]["r2"] for name in shown])
-        ends = np.array([error_ends(entries[name]) for name in shown]).reshape(-1, 2)
-        color = COLORS[k % len(COLORS)]
-        marker = MARKERS[k % len(MARKERS)]
-        axis.errorbar(x, r2, np.abs(ends.T - r2), fmt=marker + line, color=color, label=label)
-    for k in range(1, len(names)):
-        axis.axvline(k - 0.5, color="lightgray", lw=0.8)
-    axis.set_xticks(range(len(names)), [axis_label(name).replace(" ", "\n") for name in names])
-    axis.set_xlim(-0.5, len(names) - 0.5)
-    axis.grid(axis="y", alpha=0.3)
+def draw_scores(title, panels, columns, xlabel, cohort, line=""):
+    """R² with error bars of {panel: {label: {column: {"r2", "r2_ci" or "sd"}}}}, side by side."""
+    figure = new_figure(title, cohort, height=4.2)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (panel, results) in zip(axes, panels.items(), strict=True):
+        step = 0.5 / len(results)
+        for k, (label, entries) in enumerate(results.items()):
+            shown = [name for name in columns if name in entries]
+            x = [columns.index(name) + (k + 0.5) * step - 0.25 for name in shown]
+            r2 = np.array([entries[name]["r2"] for name in shown])
+            ends = np.array([error_ends(entries[name]) for name in shown]).reshape(-1, 2)
+            axis.errorbar(x, r2, np.abs(ends.T - r2), fmt="o" + line, label=label)
+        names = [axis_label(name).replace(" ", "\n") for name in columns]
+        axis.set_xticks(range(len(columns)), names)
+        axis.set(title=panel, xlabel=xlabel, ylabel="R² on test subjects")
+        axis.grid(axis="y", alpha=0.3)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, ncols=5, loc="outside lower center")
+    return figure
 
 
 def error_ends(entry):
@@ -740,51 +737,6 @@ def error_ends(entry):
     if "r2_ci" in entry:
         return entry["r2_ci"]
     return [entry["r2"] - entry["sd"], entry["r2"] + entry["sd"]]
-
-
-def draw_probes(title, methods, phenotypes, cohort):
-    """R² of each phenotype by each method."""
-    figure = new_figure(title, cohort, height=4.2)
-    axis = figure.subplots()
-    draw_scores(axis, {method.name: method.scores.metrics for method in methods}, phenotypes)
-    axis.set_xlabel("phenotype (unit), structural ones first")
-    axis.set_ylabel("R² on test subjects\n(95 % bootstrap interval)")
-    figure.legend(frameon=False, ncols=5, loc="outside lower center")
-    return figure
-
-
-def draw_views(runs, metrics, cohort):
-    """Mean structural and functional R² of the runs with all labels, and beside it with 100."""
-    panels = {"all labels, 95 % bootstrap interval": metrics["groups"]}
-    if "100" in metrics["labels"]:
-        panels["100 labels, mean and spread of draws"] = metrics["labels"]["100"]
-    figure = new_figure("What the ECG learns from each view of the heart", cohort, height=4.2)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, results) in zip(axes, panels.items(), strict=True):
-        of_runs = {run.name: results.get(run.name, {}) for run in runs}
-        draw_scores(axis, of_runs, ["structural", "functional"])
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("phenotypes")
-        axis.set_ylabel("mean R² on test subjects")
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, frameon=False, ncols=5, loc="outside lower center")
-    return figure
-
-
-def draw_label_curve(curve, run, cohort):
-    """Mean R² over all phenotypes for each number of labels: one run against the baselines."""
-    results = defaultdict(dict)
-    for labels, scores in curve.items():
-        for method in (run, *CURVE_BASELINES):
-            if "all" in scores.get(method, {}):
-                results[method][labels] = scores[method]["all"]
-    figure = new_figure("How many labels it takes", cohort, height=4.2)
-    axis = figure.subplots()
-    draw_scores(axis, results, list(curve), width=0.2, line="-")
-    axis.set_xlabel("labelled subjects, those of validation included")
-    axis.set_ylabel("R² on test subjects, mean over phenotypes\n(mean and spread of draws)")
-    axis.legend(frameon=False)
-    return figure
 
 
 def draw_scatter(method, phenotypes, cohort, test):
@@ -858,8 +810,7 @@ def draw_leads(axis, ecg_mv):
 
 
 def parse_arguments():
-    raw_text = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw_text)
+    parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folders; eval/ is written into the first")
     add("--data", metavar="PATH", help="cohort folder or manifest (default: of the first RUN)")
@@ -868,22 +819,9 @@ def parse_arguments():
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples of test (1000)")
     add("--seed", type=int, default=0, metavar="N", help="of all random draws (0)")
     add("--predict", metavar="CSV", help="only write predictions.csv for these new ECGs (no)")
-    args = parser.parse_args()
-    data.require(args.data != "" and args.predict != "", "--data, --predict", "must not be empty")
-    rule = "must be from 1 to 100000"
-    data.require(1 <= args.bootstrap <= 100_000, "--bootstrap", rule)
-    data.require(0 <= args.seed < 2**63, "--seed", "must be from 0 to 2^63 - 1")
+    args = data.parse_arguments(parser, LIMITS)
     data.require(len(args.runs) == 1 or not args.predict, "--predict", "takes a single RUN")
     return args
-
-
-def check_names(runs):
-    """A method's name is its key in metrics.json and features.npz: no two may share one."""
-    names = [run.name for run in runs]
-    for run in runs:
-        names += [f"{run.name}.{view}" for view in run.model.views]
-    unique = len(set(names)) == len(names) and not TAKEN_NAMES & set(names)
-    data.require(unique, "RUN", "two folders, or one and a baseline, share a name; rename one")
 
 
 def check_cohort(cohort, indices, args):
@@ -895,8 +833,7 @@ def check_cohort(cohort, indices, args):
         data.require(cohort.phenotypes, cohort.folder, "has no phenotypes to learn")
         most = len(with_phenotype(cohort, indices["train"]))
     for labels in args.labels:
-        is_number = labels.isascii() and labels.isdecimal()
-        allowed = labels == "all" or is_number and FEWEST_LABELS <= int(labels) <= most
+        allowed = labels == "all" or data.parse_number(labels) in range(FEWEST_LABELS, most + 1)
         rule = f"{labels} is neither all nor a number from {FEWEST_LABELS} to {most}"
         data.require(allowed, "--labels", f"{rule}, the training subjects with a phenotype")
 
@@ -925,7 +862,9 @@ def main():
     args = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = [load_run(folder) for folder in args.runs]
-    check_names(runs)
+    names = [run.name for run in runs]
+    unique = len(set(names)) == len(names) and not TAKEN_NAMES & set(names)
+    data.require(unique, "RUN", "two folders, or one and a baseline, share a name; rename one")
     cohort = choose_cohort(args.data, runs)
     indices = {split: cohort.indices(split) for split in data.SPLITS}
     check_cohort(cohort, indices, args)

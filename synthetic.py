@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import nibabel
 import numpy as np
+import scipy.io
 
 import data
 
@@ -456,17 +457,14 @@ def write_cardiosoft(path, ecg_uv):
 
 
 def write_wfdb(path, ecg_uv, ending):
-    """WFDB header and, beside it, samples as .dat or .mat (https://wfdb.io/spec/header-files.html).
-
-    A .mat is a MATLAB 4 file: 24 bytes (int16, rows, columns, real, length of name, name), samples.
-    """
-    start = b""
+    """WFDB header and, beside it, samples as .dat or .mat (https://wfdb.io/spec/header-files.html)."""
+    samples_path = path.with_suffix(f".{ending}")
     form = "16"
     if ending == "mat":
-        start = np.array([30, *ecg_uv.shape, 0, 4], "<i4").tobytes() + b"val\0"
-        form = f"16+{len(start)}"
-    samples_path = path.with_suffix(f".{ending}")
-    samples_path.write_bytes(start + ecg_uv.T.tobytes())
+        form = "16+24"  # MATLAB 4 puts 24 bytes in front of the same samples
+        scipy.io.savemat(samples_path, {"val": ecg_uv}, format="4")
+    else:
+        samples_path.write_bytes(ecg_uv.T.tobytes())
     lines = [f"{path.stem} {len(ecg_uv)} {RECORDER_HZ} {ecg_uv.shape[1]}"]
     for lead, samples in zip(data.LEADS, ecg_uv, strict=True):
         scale = "1000(0)/mV 16 0"  # steps per mV (step of 0 mV), bits, middle of the bits
@@ -488,66 +486,56 @@ def write_raw(folder, subjects, seed=0):
     """The hearts of make_cohort as raw files with manifest.csv, in every format that data.py reads.
 
     Of four subjects, one each has its ECG as .xml, .hea with .dat, .hea with .mat, and .npy; every
-    third has a cine (of two frames) in place of ED and ES. Raises InputError for a folder in use.
+    third has a cine (of two frames) in place of ED and ES. Raises InputError where folder exists.
     """
-    folder = Path(folder)
-    is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    data.require(is_free, folder, "exists and is not empty; choose another name")
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for subject in range(subjects):
-        row, ecg_mv, scan = simulate(seed, subject)
-        name = row["id"]
+    with data.new_folder(Path(folder)) as aside:
+        rows = [write_raw_subject(aside, seed, subject) for subject in range(subjects)]
+        files = ["ecg", "ecg_hz", "ed", "es", "cine", "ed_frame", "es_frame", "mask"]
+        data.write_csv(aside / "manifest.csv", ["id", *files, *COLUMNS], rows)
 
-        ecg_uv = np.round(ecg_mv * 1000).astype("<i2")
-        kind = ("xml", "dat", "mat", "npy")[subject % 4]
-        row["ecg"] = f"{name}.{kind}"
-        if kind == "xml":
-            write_cardiosoft(folder / row["ecg"], ecg_uv)
-        elif kind == "npy":
-            np.save(folder / row["ecg"], ecg_mv)
-            row["ecg_hz"] = RECORDER_HZ
-        else:
-            row["ecg"] = f"{name}.hea"
-            write_wfdb(folder / row["ecg"], ecg_uv, kind)
 
-        images = {"mask": scan.mask, **scan.phases}
-        if subject % 3 == 2:
-            images = {"mask": scan.mask, "cine": np.stack(list(scan.phases.values()), axis=-1)}
-            row["ed_frame"] = 0
-            row["es_frame"] = 1
-        for image, volume in images.items():
-            row[image] = f"{name}_{image}.nii.gz"
-            write_nifti(folder / row[image], volume)
-        rows.append(row)
-    files = ["ecg", "ecg_hz", "ed", "es", "cine", "ed_frame", "es_frame", "mask"]
-    data.write_csv(folder / "manifest.csv", ["id", *files, *COLUMNS], rows)
+def write_raw_subject(folder, seed, subject):
+    """Write the files of a subject: its row of the manifest."""
+    row, ecg_mv, scan = simulate(seed, subject)
+    name = row["id"]
+    ecg_uv = np.round(ecg_mv * 1000).astype("<i2")
+    kind = ("xml", "dat", "mat", "npy")[subject % 4]
+    if kind == "xml":
+        row["ecg"] = f"{name}.xml"
+        write_cardiosoft(folder / row["ecg"], ecg_uv)
+    elif kind == "npy":
+        row["ecg"] = f"{name}.npy"
+        row["ecg_hz"] = RECORDER_HZ
+        np.save(folder / row["ecg"], ecg_mv)
+    else:
+        row["ecg"] = f"{name}.hea"
+        write_wfdb(folder / row["ecg"], ecg_uv, kind)
+
+    images = {"mask": scan.mask, **scan.phases}
+    if subject % 3 == 2:
+        row.update(ed_frame=0, es_frame=1)
+        images = {"mask": scan.mask, "cine": np.stack(list(scan.phases.values()), axis=-1)}
+    for column, volume in images.items():
+        row[column] = f"{name}_{column}.nii.gz"
+        write_nifti(folder / row[column], volume)
+    return row
 
 
 def main():
-    raw_text = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw_text)
-    parser.add_argument("folder", help="folder to make; one that exists is not replaced")
-    parser.add_argument(
-        "--subjects", type=int, default=3000, help="number of hearts (default 3000)"
-    )
-    seed = "number that all draws follow from (default 0)"
-    parser.add_argument("--seed", type=int, default=0, help=seed)
-    workers = "processes that make a cohort (default: one a core)"
-    parser.add_argument("--workers", type=int, help=workers)
-    raw = "write raw files with manifest.csv instead of a cohort (default: a cohort)"
-    parser.add_argument("--raw", action="store_true", help=raw)
-    args = parser.parse_args()
-    data.require(args.folder.strip(), "folder", "must not be empty")
-    data.require(args.subjects >= 1, "--subjects", "must be at least 1")
-    data.require(args.seed >= 0, "--seed", "must be at least 0")
-    data.require(args.workers is None or args.workers >= 1, "--workers", "must be at least 1")
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("folder", help="folder to make; one that exists is not replaced")
+    add("--subjects", type=int, default=3000, help="number of hearts (default 3000)")
+    add("--seed", type=int, default=0, help="number that all draws follow from (default 0)")
+    add("--workers", type=int, help="processes that make a cohort (default: one a core)")
+    add("--raw", action="store_true", help="write raw files with manifest.csv, not a cohort")
+    limits = {"subjects": (1, 10**6), "seed": (0, 2**63 - 1), "workers": (1, 1000)}
+    args = data.parse_arguments(parser, limits)
     if args.raw:
         write_raw(args.folder, args.subjects, args.seed)
-        print(f"wrote {Path(args.folder) / 'manifest.csv'} and the files that it names")
     else:
         make_cohort(args.folder, args.subjects, args.seed, args.workers)
-        print(f"wrote {args.folder}, {args.subjects} subjects")
+    print(f"wrote {args.folder}, {args.subjects} subjects")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import io
 import math
 import os
-import shlex
 import sys
 import time
 from datetime import timedelta
@@ -120,9 +119,13 @@ def main():
                 save_checkpoint(args, cohort, model, optimizer, log)
                 print(describe(row, args), flush=True)
     except KeyboardInterrupt:
-        return explain_resume(args.out, epoch)
+        hint = "go on with --resume" if epoch else "start again"
+        print(f"interrupted; {epoch} epochs are saved in {args.out}; {hint}", file=sys.stderr)
+        return 130
     if is_main_process:
-        save_ecg_encoder(args.out)
+        model.cpu().load_state_dict(load_checkpoint(Path(args.out) / "best.pt")["model"])
+        encoder = model.encoders["ecg"].state_dict()
+        atomic_save(encoder, Path(args.out) / "ecg_encoder.pt")
         draw_curves(args, cohort, log)
         print(f"wrote {args.out}; next: python evaluate.py {args.out}")
     return 0
@@ -132,19 +135,13 @@ def main():
 
 
 def parse_arguments():
-    raw_text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw_text)
+    parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--data", metavar="PATH", help="manifest or cohort folder (default: synthetic hearts)")
     add("--epochs", type=int, default=12, metavar="N", help="passes over the data (12)")
     add("--out", metavar="DIR", help="run folder (runs/dual, or runs/ and the views)")
-    add(
-        "--views",
-        nargs="+",
-        choices=models.VIEWS,
-        default=DEFAULT_VIEWS,
-        help="CMR latents (ed es)",
-    )
+    views = {"nargs": "+", "choices": models.VIEWS, "default": DEFAULT_VIEWS}
+    add("--views", **views, help="CMR latents (ed es)")
     add("--slices", type=int, default=data.GRID[0], metavar="N", help="middle slices seen (all 12)")
     add("--weights", nargs="+", default=[], metavar="PAIR=W", help="e.g. ed_es=0 ecg_ed=2 (all 1)")
     add("--batch-size", type=int, metavar="N", help="pairs a step, over all processes (64)")
@@ -162,18 +159,13 @@ def parse_arguments():
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto)")
     add("--limit", type=int, metavar="N", help="train on the first N training subjects (all)")
     add("--shuffle-pairs", action="store_true", help="negative control: ECGs of other subjects")
-    args = check_arguments(parser.parse_args())
-    defaults = check_arguments(parser.parse_args([]))
+    args = complete_arguments(data.parse_arguments(parser, LIMITS))
+    defaults = complete_arguments(parser.parse_args([]))
     return args, defaults
 
 
-def check_arguments(args):
-    """Refuse what cannot be, and fill in what depends on the machine or on other arguments."""
-    for name, (low, high) in LIMITS.items():
-        value = getattr(args, name)
-        valid = value is None or low <= value <= high
-        data.require(valid, f"--{name.replace('_', '-')}", f"must be from {low:g} to {high:g}")
-    data.require(args.data != "" and args.out != "", "--data or --out", "must not be empty")
+def complete_arguments(args):
+    """Fill in what depends on the machine or on other arguments."""
     both = args.resume and args.overwrite
     data.require(not both, "--resume", "contradicts --overwrite; give one of them")
 
@@ -240,8 +232,7 @@ def choose_batch_size(batch_size, subjects, world_size):
     """--batch-size, or 64: fewer with fewer subjects, always a multiple of the processes."""
     data.require(subjects >= 2, "--data", f"{subjects} training subjects are too few for contrast")
     if batch_size is None:
-        largest = min(max(64, 2 * world_size), subjects)
-        batch_size = largest // world_size * world_size
+        batch_size = min(64, subjects) // world_size * world_size
     fits = 2 <= batch_size <= subjects and batch_size % world_size == 0
     rule = f"{batch_size} must be a multiple of {world_size} processes, at least 2"
     data.require(fits, "--batch-size", f"{rule}, at most {subjects} training subjects")
@@ -361,8 +352,7 @@ def save_checkpoint(args, cohort, model, optimizer, log):
         "cohort": cohort.fingerprint,
     }
     out = Path(args.out)
-    columns = list(log[-1])
-    data.atomic_write(out / "log.csv", lambda file: data.write_csv(file.name, columns, log))
+    data.write_csv(out / "log.csv", list(log[-1]), log)
     scores = [row.get("val_total", row["total"]) for row in log]
     if scores[-1] <= min(scores):
         atomic_save(checkpoint, out / "best.pt")
@@ -403,26 +393,6 @@ def resume(args, defaults, cohort, model, optimizer):
     return saved["log"]
 
 
-def explain_resume(out, epochs):
-    """Say how to go on after Ctrl-C; returns the exit code."""
-    words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
-    start = "torchrun (as before)" if dist.is_initialized() else "python"
-    text = f"interrupted; {epochs} epochs are saved in {out}"
-    if epochs:
-        text += f"; go on with: {start} {shlex.join([*words, '--resume'])}"
-    print(text, file=sys.stderr)
-    return 130
-
-
-def save_ecg_encoder(out):
-    """ecg_encoder.pt: the state dict of the best model's ECG encoder alone, to take elsewhere."""
-    state = load_checkpoint(Path(out) / "best.pt")["model"]
-    prefix = "encoders.ecg."
-    names = [name for name in state if name.startswith(prefix)]
-    encoder = {name.removeprefix(prefix): state[name] for name in names}
-    atomic_save(encoder, Path(out) / "ecg_encoder.pt")
-
-
 def draw_curves(args, cohort, log):
     """curves.png: losses beside ln B, and top-1 retrieval beside chance, over epochs."""
     from matplotlib.figure import Figure  # slow to import, needed only here
@@ -431,19 +401,17 @@ def draw_curves(args, cohort, log):
     figure.suptitle(f"{args.out} ({cohort.source['kind']} cohort)", parse_math=False)
     loss_axis, top1_axis = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in log]
-    loss_names = [*pair_names(args.views), "total", "val_total"]
-    top1_names = [name for name in log[0] if name.startswith("val_top1")]
-    for axis, names in ((loss_axis, loss_names), (top1_axis, top1_names)):
-        for name in names:
-            if name in log[0]:
-                style = "--" if name in ("val_total", "val_top1_chance") else "-"
-                axis.plot(epochs, [row[name] for row in log], style, label=name)
-        axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+    for name in log[0]:
+        values = [row[name] for row in log]
+        if name.startswith("val_top1"):
+            top1_axis.plot(epochs, values, label=name)
+        elif name.endswith("total") or name in pair_names(args.views):
+            loss_axis.plot(epochs, values, label=name)
     loss_axis.axhline(math.log(args.batch_size), color="gray", lw=1, label="ln B (chance)")
     loss_axis.set_ylabel("InfoNCE (nats)")
     top1_axis.set_ylabel("share of ECGs whose own heart comes first")
     for axis in (loss_axis, top1_axis):
+        axis.set_xlabel("epoch")
         axis.legend(fontsize=8, frameon=False)
     data.atomic_write(Path(args.out) / "curves.png", partial(figure.savefig, dpi=110, format="png"))
 

@@ -301,7 +301,7 @@ def evaluated(cohort, run_script, tmp_path_factory):
     runs = [make_run(folder / "dual", cohort), make_run(folder / "ed2d", cohort, ["ed"], 1)]
     out = runs[0] / "eval"
     out.mkdir()
-    (out / "old.png").write_text("of an earlier evaluation")
+    (out / "views.png").write_text("of an earlier evaluation")
     options = ["--labels", 20, "all", "--supervised", "--bootstrap", 100]
     result = run_script("evaluate.py", *runs, *options, cwd=folder)
     assert result.returncode == 0, result.stderr
@@ -459,7 +459,7 @@ REFUSED = {
     "--labels 9999": "43",
     "--labels 5²": "5²",
     "--bootstrap 0": "100000",
-    f"--seed {2**64}": "2^63",
+    f"--seed {2**64}": "must be from 0 to",
     "--data nowhere": "nowhere",
     "--predict nowhere.csv": "nowhere.csv",
     "--predict predictions.csv": "overwritten",

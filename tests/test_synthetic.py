@@ -157,11 +157,12 @@ def test_raw_files_are_read_back_as_the_cohort(tmp_path):
 
 
 def test_wfdb_records_carry_first_values_and_checksums(tmp_path):
-    synthetic.write_raw(tmp_path, 3)
-    from_dat = np.fromfile(tmp_path / "000001.dat", "<i2").reshape(5000, 12).T
-    from_mat = scipy.io.loadmat(tmp_path / "000002.mat")["val"]
+    demo = tmp_path / "demo"
+    synthetic.write_raw(demo, 3)
+    from_dat = np.fromfile(demo / "000001.dat", "<i2").reshape(5000, 12).T
+    from_mat = scipy.io.loadmat(demo / "000002.mat")["val"]
     for name, samples in (("000001", from_dat), ("000002", from_mat)):
-        _, *lines = (tmp_path / f"{name}.hea").read_text().splitlines()
+        _, *lines = (demo / f"{name}.hea").read_text().splitlines()
         for lead, line, values in zip(data.LEADS, lines, samples.tolist(), strict=True):
             first, checksum, _, label = line.split()[-4:]
             assert (label, int(first)) == (lead, values[0])
