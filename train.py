@@ -140,23 +140,34 @@ def parse_arguments():
     add("--data", metavar="PATH", help="manifest or cohort folder (default: synthetic hearts)")
     add("--epochs", type=int, default=12, metavar="N", help="passes over the data (12)")
     add("--out", metavar="DIR", help="run folder (runs/dual, or runs/ and the views)")
-    views = {"nargs": "+", "choices": models.VIEWS, "default": DEFAULT_VIEWS}
-    add("--views", **views, help="CMR latents (ed es)")
+    views = {"nargs": "+", "choices": models.VIEWS, "default": DEFAULT_VIEWS, "metavar": "V"}
+    add("--views", **views, help=f"CMR latents among {' '.join(models.VIEWS)} (ed es)")
     add("--slices", type=int, default=data.GRID[0], metavar="N", help="middle slices seen (all 12)")
-    add("--weights", nargs="+", default=[], metavar="PAIR=W", help="e.g. ed_es=0 ecg_ed=2 (all 1)")
+    add(
+        "--weights",
+        nargs="+",
+        default=[],
+        metavar="P=W",
+        help="weights of loss terms, e.g. ed_es=0 ecg_ed=2 (all 1)",
+    )
     add("--batch-size", type=int, metavar="N", help="pairs a step, over all processes (64)")
     add("--micro-batch", type=int, metavar="N", help="encode N pairs at a time; saves memory (off)")
-    add("--lr", type=float, default=2e-3, help="peak learning rate (2e-3)")
-    add("--weight-decay", type=float, default=0.05, help="of weight matrices (0.05)")
+    add("--lr", type=float, default=2e-3, metavar="X", help="peak learning rate (2e-3)")
+    add("--weight-decay", type=float, default=0.05, metavar="X", help="of weight matrices (0.05)")
     add("--warmup-epochs", type=float, default=1, metavar="N", help="linear warm-up (1)")
-    add("--temperature", type=float, default=0.07, help="τ of the loss (0.07)")
-    add("--seed", type=int, default=0, help="of weights and draws (0)")
+    add("--temperature", type=float, default=0.07, metavar="X", help="τ of the loss (0.07)")
+    add("--seed", type=int, default=0, metavar="N", help="of weights and draws (0)")
     add("--workers", type=int, metavar="N", help="processes that read data (0; 4 with CUDA)")
     add("--resume", action="store_true", help="go on after the last saved epoch of --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
     amp_help = "bfloat16 in the encoders (default: with CUDA only)"
     add("--amp", action=argparse.BooleanOptionalAction, help=amp_help)
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto)")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        default="auto",
+        help="where to run (auto)",
+    )
     add("--limit", type=int, metavar="N", help="train on the first N training subjects (all)")
     add("--shuffle-pairs", action="store_true", help="negative control: ECGs of other subjects")
     args = complete_arguments(data.parse_arguments(parser, LIMITS))
