@@ -1189,9 +1189,10 @@ def show(folder, subject, out):
         axes[phase].imshow(picture, cmap="gray", vmin=0, vmax=1)
         axes[phase].set_title(f"{phase.upper()}, base to apex, {SPACING_MM[0]:g} mm apart")
         axes[phase].axis("off")
-    values = [f"{name} {column[matches[0]]:.3g}" for name, column in cohort.columns.items()]
-    title = f"{subject}, {cohort.split[matches[0]]}, {cohort.source['kind']}"
-    figure.suptitle(f"{title}: {', '.join(values)}", fontsize=8, wrap=True, parse_math=False)
+    values = [f"{name} {cohort.columns[name][matches[0]]:.3g}" for name in cohort.phenotypes]
+    axes["ecg"].set_title(", ".join(values[:8]), fontsize=7, parse_math=False)
+    title = f"Subject {subject} ({cohort.split[matches[0]]}, {cohort.source['kind']} cohort)"
+    figure.suptitle(title, parse_math=False)
     atomic_write(out, partial(figure.savefig, dpi=80, format="png"))
     print(f"wrote {out}")
 

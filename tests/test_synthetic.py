@@ -1,10 +1,14 @@
 """synthetic.py: hearts, what ECG and CMR show of them, and the files they are written to."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.io
+import torch
 
 import data
+import evaluate
 import synthetic
 
 PETERSEN = {  # mean and standard deviation of women, men; J Cardiovasc Magn Reson 2017, 19:18
@@ -199,3 +203,33 @@ def test_command_refuses_wrong_arguments(arguments, named, tmp_path, monkeypatch
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and named in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.rglob("*")] == ["used", "file"]
+
+
+@pytest.mark.slow
+def test_the_ecg_tells_no_more_than_published(tmp_path):
+    """Supervised training on 21,000 ECGs: LVM r 0.79 ± 0.05 (Khurshid 2021), LVEF, RVEF harder."""
+    hearts = [synthetic.draw_heart(0, subject) for subject in range(30_000)]
+    ids = np.array([f"{subject:06d}" for subject in range(len(hearts))])
+    columns = {name: np.array([heart[name] for heart in hearts]) for name in synthetic.PHENOTYPES}
+    split = np.array([data.split_of(one) for one in ids])
+    source = {"kind": "synthetic"}
+    names = list(columns)
+    cohort = data.Cohort(tmp_path, ids, split, columns, names, [], [], source, "")
+    task = partial(clean_simulated_ecg, 0)
+    ecgs = list(data.run_parallel(task, range(len(hearts)), label="simulating"))
+    np.save(tmp_path / "ecg.npy", np.stack(ecgs))
+    indices = {name: cohort.indices(name) for name in data.SPLITS}
+    outputs = evaluate.train_supervised(cohort, indices, seed=0, device=torch.device("cpu"))
+    x = evaluate.standardise(outputs, indices["train"])
+    once = np.ones((1, len(indices["test"])))
+    metrics = evaluate.probe(x, cohort, indices, names, once).metrics
+    print({name: (entry["r2"], entry["pearson"]) for name, entry in metrics.items()})
+    assert abs(metrics["LVM_g"]["pearson"] - 0.79) < 0.05
+    assert 0.45 < metrics["LVEF_pct"]["r2"] < 0.75
+    assert metrics["RVEF_pct"]["r2"] < metrics["LVEF_pct"]["r2"] - 0.1
+
+
+def clean_simulated_ecg(seed, subject):
+    heart = synthetic.draw_heart(seed, subject)
+    ecg_mv = synthetic.simulate_ecg(heart, np.random.default_rng([seed, subject, 2]))
+    return data.clean_ecg(ecg_mv, synthetic.RECORDER_HZ)[0]
