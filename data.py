@@ -169,16 +169,12 @@ def read_cardiosoft(path, row):
 # A signal's line in a WFDB header: a.mat 16+24 1000(0)/mV 16 0 -5 1234 0 aVR
 SIGNAL_LINE = re.compile(
     r"""(?P<file>\S+)
-    \s+ 16 (x1)? (:0)? (\+(?P<offset>\d{1,9}))?    # format 16, bytes before the samples
-    \s+ (?P<gain>[-+.\deE]+)                       # steps per unit
-    (\([-+]?\d+\))?                                # step of 0 mV; cleaning takes the median away
+    \s+ 16 (x1)? (:0)? (\+(?P<offset>\d{1,9}))?      # format 16, bytes before the samples
+    \s+ (?P<gain>[-+.\deE]+) (\([-+]?\d+\))?         # steps per unit (step of 0: of no matter here)
     (/(?P<unit>\S+))?
-    (\s+ \S+)?                                     # bits of a step; from here on all may lack
-    (\s+ \S+)?                                     # middle of the steps
-    (\s+ \S+)?                                     # first sample
-    (\s+ (?P<checksum>[-+]?\d+))?                  # sum of the samples in 16 bits
-    (\s+ \S+)?                                     # block size
-    (\s+ (?P<lead>.+))?""",
+    \s+ \S+ \s+ \S+ \s+ \S+                         # bits, middle of the steps, first sample
+    \s+ (?P<checksum>[-+]?\d+)                       # sum of the samples in 16 bits
+    \s+ \S+ \s+ (?P<lead>.+)""",  # block size, name
     re.VERBOSE,
 )
 UNITS_MV = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3}
@@ -196,22 +192,18 @@ def read_wfdb(path, row):
     for file, group in groupby(signals, key=itemgetter("file")):
         group = list(group)
         samples_path = path.with_name(Path(file).name)  # never outside the header's folder
+        require_file(samples_path, LARGEST_ECG_MB)
         offset = int(group[0]["offset"] or 0)
-        samples = read_format_16(samples_path, offset, int(length), len(group))
-        for steps, header_line in zip(samples, group, strict=True):
-            checksum = int(header_line["checksum"] or steps.sum(dtype=int))
-            intact = (steps.sum(dtype=int) - checksum) % 2**16 == 0
+        count = int(length) * len(group)
+        complete = 0 < count and offset + 2 * count <= samples_path.stat().st_size
+        rule = f"ends before the {length} samples of its header; copy it again"
+        require(complete, samples_path, rule)
+        samples = np.fromfile(samples_path, "<i2", count, offset=offset).reshape(-1, len(group))
+        for steps, header_line in zip(samples.T, group, strict=True):
+            intact = (steps.sum(dtype=int) - int(header_line["checksum"])) % 2**16 == 0
             require(intact, samples_path, "differs from its checksum; copy the record again")
-            leads.append((header_line["lead"] or "", to_millivolt(steps, header_line, path)))
+            leads.append((header_line["lead"], to_millivolt(steps, header_line, path)))
     return leads, parse_number(re.split("[/(]", rate)[0])
-
-
-def read_format_16(path, offset, length, count):
-    """Samples of a WFDB signal file: int16 (signals, T)."""
-    require_file(path, LARGEST_ECG_MB)
-    complete = 0 < length and offset + 2 * length * count <= path.stat().st_size
-    require(complete, path, f"ends before the {length} samples of its header; copy it again")
-    return np.fromfile(path, "<i2", length * count, offset=offset).reshape(length, count).T
 
 
 def to_millivolt(steps, header_line, path):
@@ -1043,15 +1035,12 @@ def to_batch(stored, device="cpu", seed=None):
     The one way into the model, for training, validation, evaluation and prediction. With a seed,
     subjects vary as in a repeated examination; draws depend on (seed, epoch, index) alone.
     """
-    batch = {}
-    for name in ARRAYS:
-        if name in stored:
-            batch[name] = stored[name].to(device, non_blocking=True).float()
-    if "ecg" in batch:
-        batch["ecg"].div_(1000)  # (B, 12, 2500) µV -> mV
+    ecg = stored["ecg"].to(device, non_blocking=True)  # as stored, a quarter of the size
+    batch = {"ecg": ecg.float().div_(1000)}  # (B, 12, 2500) µV -> mV
     for phase in PHASES:
-        if phase in batch:
-            batch[phase] = batch[phase].div_(255)[:, None]  # (B, 1, Z, Y, X)
+        if phase in stored:
+            greys = stored[phase].to(device, non_blocking=True)  # (B, Z, Y, X)
+            batch[phase] = greys.float().div_(255)[:, None]  # (B, 1, Z, Y, X)
     if seed is not None:
         augment(batch, seed, stored["epoch"], stored["indices"])
     return batch
