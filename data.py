@@ -172,9 +172,9 @@ SIGNAL_LINE = re.compile(
     \s+ 16 (x1)? (:0)? (\+(?P<offset>\d{1,9}))?      # format 16, bytes before the samples
     \s+ (?P<gain>[-+.\deE]+) (\([-+]?\d+\))?         # steps per unit (step of 0: of no matter here)
     (/(?P<unit>\S+))?
-    \s+ \S+ \s+ \S+ \s+ \S+                         # bits, middle of the steps, first sample
-    \s+ (?P<checksum>[-+]?\d+)                       # sum of the samples in 16 bits
-    \s+ \S+ \s+ (?P<lead>.+)""",  # block size, name
+    (\s+ \S+)? (\s+ \S+)? (\s+ \S+)?                # bits, middle, first sample; may lack from here
+    (\s+ (?P<checksum>[-+]?\d+))?                    # sum of the samples in 16 bits
+    (\s+ \S+)? (\s+ (?P<lead>.+))?""",  # block size, name
     re.VERBOSE,
 )
 UNITS_MV = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3}
@@ -200,9 +200,10 @@ def read_wfdb(path, row):
         require(complete, samples_path, rule)
         samples = np.fromfile(samples_path, "<i2", count, offset=offset).reshape(-1, len(group))
         for steps, header_line in zip(samples.T, group, strict=True):
-            intact = (steps.sum(dtype=int) - int(header_line["checksum"])) % 2**16 == 0
+            total = steps.sum(dtype=int)
+            intact = (total - int(header_line["checksum"] or total)) % 2**16 == 0
             require(intact, samples_path, "differs from its checksum; copy the record again")
-            leads.append((header_line["lead"], to_millivolt(steps, header_line, path)))
+            leads.append((header_line["lead"] or "", to_millivolt(steps, header_line, path)))
     return leads, parse_number(re.split("[/(]", rate)[0])
 
 
@@ -289,8 +290,9 @@ def ecg_warnings(stored_mv, rate_hz, ecg_mv, residual):
     if np.abs(ecg_mv).max() > 6 or np.ptp(ecg_mv, axis=1).max() < 0.3:
         warnings.append("ECG amplitude is outside the usual 0.3 to 6 mV")
     power = np.square(np.abs(np.fft.rfft(ecg_mv, axis=1))).sum(axis=0)
-    strongest = power[max(0, power.argmax() - 2) :][:5]
-    if strongest.sum() > 0.9 * power.sum():
+    peak = power.argmax()
+    near_peak = power[max(0, peak - 2) : peak + 3].sum()
+    if near_peak > 0.9 * power.sum():
         warnings.append("ECG is one sine wave, as of mains or a test signal")
     return warnings
 
@@ -830,6 +832,7 @@ def write_cohort(folder, subjects, columns, source):
         write_headers(files, count=0)
         for subject in subjects:
             report.add(subject)
+            assert subject.reason or set(subject.arrays) == set(ARRAYS), "a reader lacks a phase"
             for name, array in subject.arrays.items():
                 files[name].write(array.tobytes())
         write_headers(files, count=len(report.rows))

@@ -44,8 +44,8 @@ CURVE_BASELINES = ("covariates", "random_encoder", "supervised")
 TAKEN_NAMES = {"mean", "covariates", "random_encoder", "supervised", "id", "split", "file"}
 # Safe for colour-blind readers (Okabe and Ito).
 COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #F0E442 #000000 #999999".split()
+MARKERS = "osD^vP*X<"
 
-matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLORS)
 matplotlib.rcParams["text.parse_math"] = False  # two $ in a column's name are no formula
 
 
@@ -402,9 +402,9 @@ def train_supervised(cohort, indices, seed, device):
     """
     train = indices["train"]
     dataset = data.CohortDataset(cohort, ("ecg",))
-    phenotypes = len(cohort.phenotypes)  # the first columns of the labels; outcomes stay 0 and 1
+    n_phenotypes = len(cohort.phenotypes)  # the first columns of the labels; outcomes stay 0 and 1
     labels = np.column_stack([cohort.columns[name] for name in cohort.phenotypes + cohort.outcomes])
-    labels[:, :phenotypes] = standardise(labels[:, :phenotypes], train)
+    labels[:, :n_phenotypes] = standardise(labels[:, :n_phenotypes], train)
     labels = torch.from_numpy(labels).float().to(device)  # (N, targets)
 
     # Few labels need small batches and many epochs.
@@ -423,7 +423,7 @@ def train_supervised(cohort, indices, seed, device):
     for stored in data.make_loader(dataset, keys):
         batch = data.to_batch(stored, device, seed)
         outputs = net(batch["ecg"])  # (B, targets)
-        supervised_loss(outputs, labels[stored["indices"]], phenotypes).backward()
+        supervised_loss(outputs, labels[stored["indices"]], n_phenotypes).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -433,13 +433,13 @@ def train_supervised(cohort, indices, seed, device):
         return torch.cat([net(batch["ecg"]).cpu() for batch in batches]).numpy()
 
 
-def supervised_loss(outputs, labels, phenotypes):
+def supervised_loss(outputs, labels, n_phenotypes):
     """Squared error of the first columns, cross-entropy of the others: mean over known labels."""
     known = ~labels.isnan()  # (B, targets)
     labels = labels.nan_to_num()
     squares = (outputs - labels).square()
     entropies = F.binary_cross_entropy_with_logits(outputs, labels, reduction="none")
-    losses = torch.cat([squares[:, :phenotypes], entropies[:, phenotypes:]], dim=1)
+    losses = torch.cat([squares[:, :n_phenotypes], entropies[:, n_phenotypes:]], dim=1)
     return losses[known].sum() / known.sum().clamp(min=1)
 
 
@@ -659,41 +659,18 @@ def draw_figures(runs, methods, metrics, cohort, test):
     groups = group_phenotypes([name for name in cohort.phenotypes if name in first.scores.metrics])
     phenotypes = groups["structural"] + groups["functional"]
     figures = {"gallery": draw_gallery(runs[0], cohort, test)}
-    if not phenotypes:
-        return figures
-    ecg_methods = [m for m in methods if m.kind != "latent" and m.name != "mean"]
-    results = {m.name: m.scores.metrics for m in ecg_methods}
-    title = "What linear probes read from the ECG"
-    figures["probe"] = draw_scores(title, {"": results}, phenotypes, "phenotype (unit)", cohort)
-    results = {m.name: m.scores.metrics for m in methods if m.run == first.name}
-    title = f"What the ECG encoder of {first.name} and its image encoders know"
-    figures["latents"] = draw_scores(title, {"": results}, phenotypes, "phenotype (unit)", cohort)
-    figures["scatter"] = draw_scatter(first, phenotypes, cohort, test)
-
-    # The runs with all labels, and beside it with 100
-    tables = {"all labels": metrics["groups"], "100 labels": metrics["labels"].get("100", {})}
-    panels = {}
-    for title, table_of_methods in tables.items():
-        of_runs = {run.name: table_of_methods.get(run.name) for run in runs}
-        if all(of_runs.values()):
-            panels[title] = of_runs
-    if len(runs) > 1:
-        title = "What the ECG learns from each view of the heart"
-        columns = ["structural", "functional"]
-        figures["views"] = draw_scores(title, panels, columns, "mean over phenotypes", cohort)
-
-    # Mean over all phenotypes by number of labels: one run against the baselines
-    curve = defaultdict(dict)  # {method: {labels: entry}}
-    for labels, table_of_methods in metrics["labels"].items():
-        for method in (first.name, *CURVE_BASELINES):
-            if method in table_of_methods:
-                curve[method][labels] = table_of_methods[method]["all"]
-    if curve:
-        title = "How many labels it takes"
-        counts = list(metrics["labels"])
-        figures["labels"] = draw_scores(
-            title, {"": curve}, counts, "labelled subjects", cohort, "-"
-        )
+    if phenotypes:
+        ecg_methods = [m for m in methods if m.kind != "latent" and m.name != "mean"]
+        title = "What linear probes read from the ECG"
+        figures["probe"] = draw_probes(title, ecg_methods, phenotypes, cohort)
+        methods_of_first = [m for m in methods if m.run == first.name]
+        title = f"What the ECG encoder of {first.name} and its image encoders know"
+        figures["latents"] = draw_probes(title, methods_of_first, phenotypes, cohort)
+        figures["scatter"] = draw_scatter(first, phenotypes, cohort, test)
+    if phenotypes and len(runs) > 1:
+        figures["views"] = draw_views(runs, metrics, cohort)
+    if phenotypes and metrics["labels"]:
+        figures["labels"] = draw_label_curve(metrics["labels"], first.name, cohort)
     return figures
 
 
@@ -711,25 +688,22 @@ def axis_label(name):
     return f"{stem} ({unit})" if stem else name
 
 
-def draw_scores(title, panels, columns, xlabel, cohort, line=""):
-    """R² with error bars of {panel: {label: {column: {"r2", "r2_ci" or "sd"}}}}, side by side."""
-    figure = new_figure(title, cohort, height=4.2)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (panel, results) in zip(axes, panels.items(), strict=True):
-        step = 0.5 / len(results)
-        for k, (label, entries) in enumerate(results.items()):
-            shown = [name for name in columns if name in entries]
-            x = [columns.index(name) + (k + 0.5) * step - 0.25 for name in shown]
-            r2 = np.array([entries[name]["r2"] for name in shown])
-            ends = np.array([error_ends(entries[name]) for name in shown]).reshape(-1, 2)
-            axis.errorbar(x, r2, np.abs(ends.T - r2), fmt="o" + line, label=label)
-        names = [axis_label(name).replace(" ", "\n") for name in columns]
-        axis.set_xticks(range(len(columns)), names)
-        axis.set(title=panel, xlabel=xlabel, ylabel="R² on test subjects")
-        axis.grid(axis="y", alpha=0.3)
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, frameon=False, ncols=5, loc="outside lower center")
-    return figure
+def draw_scores(axis, results, names, width=0.8, line=""):
+    """R² with error bars of {label: {name: {"r2", "r2_ci" or "sd"}}}: labels side by side."""
+    step = width / len(results)
+    for k, (label, entries) in enumerate(results.items()):
+        shown = [name for name in names if name in entries]
+        x = [names.index(name) - width / 2 + (k + 0.5) * step for name in shown]
+        r2 = np.array([entries[name]["r2"] for name in shown])
+        ends = np.array([error_ends(entries[name]) for name in shown]).reshape(-1, 2)
+        color = COLORS[k % len(COLORS)]
+        marker = MARKERS[k % len(MARKERS)]
+        axis.errorbar(x, r2, np.abs(ends.T - r2), fmt=marker + line, color=color, label=label)
+    for k in range(1, len(names)):
+        axis.axvline(k - 0.5, color="lightgray", lw=0.8)
+    axis.set_xticks(range(len(names)), [axis_label(name).replace(" ", "\n") for name in names])
+    axis.set_xlim(-0.5, len(names) - 0.5)
+    axis.grid(axis="y", alpha=0.3)
 
 
 def error_ends(entry):
@@ -737,6 +711,51 @@ def error_ends(entry):
     if "r2_ci" in entry:
         return entry["r2_ci"]
     return [entry["r2"] - entry["sd"], entry["r2"] + entry["sd"]]
+
+
+def draw_probes(title, methods, phenotypes, cohort):
+    """R² of each phenotype by each method."""
+    figure = new_figure(title, cohort, height=4.2)
+    axis = figure.subplots()
+    draw_scores(axis, {method.name: method.scores.metrics for method in methods}, phenotypes)
+    axis.set_xlabel("phenotype (unit), structural ones first")
+    axis.set_ylabel("R² on test subjects\n(95 % bootstrap interval)")
+    figure.legend(frameon=False, ncols=5, loc="outside lower center")
+    return figure
+
+
+def draw_views(runs, metrics, cohort):
+    """Mean structural and functional R² of the runs with all labels, and beside it with 100."""
+    panels = {"all labels, 95 % bootstrap interval": metrics["groups"]}
+    if "100" in metrics["labels"]:
+        panels["100 labels, mean and spread of draws"] = metrics["labels"]["100"]
+    figure = new_figure("What the ECG learns from each view of the heart", cohort, height=4.2)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, results) in zip(axes, panels.items(), strict=True):
+        of_runs = {run.name: results.get(run.name, {}) for run in runs}
+        draw_scores(axis, of_runs, ["structural", "functional"])
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("phenotypes")
+        axis.set_ylabel("mean R² on test subjects")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, ncols=5, loc="outside lower center")
+    return figure
+
+
+def draw_label_curve(curve, run, cohort):
+    """Mean R² over all phenotypes for each number of labels: one run against the baselines."""
+    results = defaultdict(dict)
+    for labels, scores in curve.items():
+        for method in (run, *CURVE_BASELINES):
+            if "all" in scores.get(method, {}):
+                results[method][labels] = scores[method]["all"]
+    figure = new_figure("How many labels it takes", cohort, height=4.2)
+    axis = figure.subplots()
+    draw_scores(axis, results, list(curve), width=0.2, line="-")
+    axis.set_xlabel("labelled subjects, those of validation included")
+    axis.set_ylabel("R² on test subjects, mean over phenotypes\n(mean and spread of draws)")
+    axis.legend(frameon=False)
+    return figure
 
 
 def draw_scatter(method, phenotypes, cohort, test):

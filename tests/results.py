@@ -1,4 +1,4 @@
-"""All results of the README: python tests/results.py (about an hour and a half on two cores).
+"""All results of the README: python tests/results.py (about an hour on two cores).
 
 For each seed, trains every run below, then evaluates all of them together, with supervised training
 and few labels. What is there already is not made again, so that the command can be interrupted.

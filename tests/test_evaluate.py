@@ -243,7 +243,7 @@ def test_label_draws_keep_their_budget_and_are_the_same_for_all(problem, monkeyp
 def test_supervised_loss_by_hand():
     outputs = torch.tensor([[1.0, 0.0], [5.0, 0.0]])
     labels = torch.tensor([[3.0, 1.0], [math.nan, math.nan]])
-    loss = evaluate.supervised_loss(outputs, labels, phenotypes=1)
+    loss = evaluate.supervised_loss(outputs, labels, n_phenotypes=1)
     assert loss.item() == pytest.approx((2**2 + math.log(2)) / 2)
 
 
