@@ -1147,7 +1147,8 @@ def check(manifest_path, workers=None, mains_hz=50):
     """Read every row of a manifest and report: exit code 0 if all is well, else 2."""
     rows, _ = read_manifest(manifest_path)
     report = Report()
-    for subject in run_parallel(partial(prepare_row, manifest_path, mains_hz), rows, workers):
+    read_row = partial(prepare_row, manifest_path, mains_hz)
+    for subject in run_parallel(read_row, rows, workers, "checking"):
         report.add(subject)
     report.print(manifest_path)
     return 2 if report.rejected else 0

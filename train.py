@@ -364,6 +364,9 @@ def save_checkpoint(args, cohort, model, optimizer, log):
     }
     out = Path(args.out)
     data.write_csv(out / "log.csv", list(log[-1]), log)
+    if len(log) == 1:  # what an overwritten run left is of another model
+        for name in ("ecg_encoder.pt", "curves.png"):
+            (out / name).unlink(missing_ok=True)
     scores = [row.get("val_total", row["total"]) for row in log]
     if scores[-1] <= min(scores):
         atomic_save(checkpoint, out / "best.pt")
@@ -419,6 +422,9 @@ def draw_curves(args, cohort, log):
         elif name.endswith("total") or name in pair_names(args.views):
             loss_axis.plot(epochs, values, label=name)
     loss_axis.axhline(math.log(args.batch_size), color="gray", lw=1, label="ln B (chance)")
+    if "val_top1_chance" in log[0]:
+        chance = [-math.log(row["val_top1_chance"]) for row in log]
+        loss_axis.plot(epochs, chance, "--", color="gray", lw=1, label="chance, validation")
     loss_axis.set_ylabel("InfoNCE (nats)")
     top1_axis.set_ylabel("share of ECGs whose own heart comes first")
     for axis in (loss_axis, top1_axis):
