@@ -429,7 +429,9 @@ def draw_curves(args, cohort, log):
     top1_axis.set_ylabel("share of ECGs whose own heart comes first")
     for axis in (loss_axis, top1_axis):
         axis.set_xlabel("epoch")
-        axis.legend(fontsize=8, frameon=False)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if axis.lines:
+            axis.legend(fontsize=8, frameon=False)
     data.atomic_write(Path(args.out) / "curves.png", partial(figure.savefig, dpi=110, format="png"))
 
 
