@@ -1174,9 +1174,10 @@ def show(folder, subject, out):
     require(is_replaceable, out, "exists and is no PNG picture; choose another name")
     batch = next(plain_batches(CohortDataset(cohort), matches))
     figure = Figure(figsize=(11.5, 6.9), layout="constrained")
-    axes = figure.subplot_mosaic([["ecg", "ed"], ["ecg", "es"]], width_ratios=(1.45, 1))
+    mosaic = [["ecg", phase] for phase in PHASES]
+    axes = figure.subplot_mosaic(mosaic, width_ratios=(1.45, 1))
     draw_ecg(axes["ecg"], batch["ecg"][0].numpy())
-    for phase in ("ed", "es"):
+    for phase in PHASES:
         volume = batch[phase][0, 0].numpy()  # (12, 64, 64)
         picture = np.block([[*volume[0:4]], [*volume[4:8]], [*volume[8:12]]])
         axes[phase].imshow(picture, cmap="gray", vmin=0, vmax=1)

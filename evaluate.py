@@ -521,26 +521,9 @@ def predict(run, cohort, indices, table_path, device):
     new = models.extract_features(run.model, batches)["ecg"].cpu().numpy()  # (n, D)
     x = standardise(np.concatenate([known, new]), indices["train"])
 
-    # Predict, with an interval for phenotypes.
     columns = {}
     for target in cohort.phenotypes + cohort.outcomes:
-        y = np.append(cohort.columns[target], np.full(len(ids), np.nan))
-        if not can_be_probed(y, indices):
-            note(f"{target}: too few labels or only one value, not predicted")
-            continue
-        predictions, _ = fit_probe(x, y, indices, target in cohort.outcomes)
-        predicted = predictions[-len(ids) :]
-        if target in cohort.outcomes:
-            columns[f"{target}_probability"] = predicted
-            continue
-        columns[target] = predicted
-        half_width = conformal_half_width(np.abs(predictions - y), indices["val"])
-        if half_width is None:
-            note(f"{target}: no interval, as fewer than {FEWEST_LABELS} validation labels")
-            continue
-        columns[f"{target}_low"] = predicted - half_width
-        columns[f"{target}_high"] = predicted + half_width
-
+        columns.update(predict_target(x, cohort, indices, target, len(ids)))
     lines = []
     for k, subject in enumerate(ids):
         cells = {name: f"{values[k]:.5g}" for name, values in columns.items()}
@@ -567,6 +550,25 @@ def read_new_ecgs(rows, table_path, mains_hz):
         ecgs.append(torch.from_numpy(ecg))
     data.require(ids, table_path, "names no ECG that can be read; the reasons stand above")
     return ids, torch.stack(ecgs)
+
+
+def predict_target(x, cohort, indices, target, count):
+    """Columns {name: (count,)} for the last `count` rows of standardised x; {} without a probe."""
+    y = np.append(cohort.columns[target], np.full(count, np.nan))
+    if not can_be_probed(y, indices):
+        note(f"{target}: too few labels or only one value, not predicted")
+        return {}
+    predictions, _ = fit_probe(x, y, indices, target in cohort.outcomes)
+    predicted = predictions[-count:]
+    if target in cohort.outcomes:
+        return {f"{target}_probability": predicted}
+    half_width = conformal_half_width(np.abs(predictions - y), indices["val"])
+    if half_width is None:
+        note(f"{target}: no interval, as fewer than {FEWEST_LABELS} validation labels")
+        return {target: predicted}
+    low = predicted - half_width
+    high = predicted + half_width
+    return {target: predicted, f"{target}_low": low, f"{target}_high": high}
 
 
 def conformal_half_width(errors, val):
