@@ -42,8 +42,8 @@ FIGURES = ("probe", "latents", "scatter", "views", "labels", "gallery")
 CURVE_BASELINES = ("covariates", "random_encoder", "supervised")
 # By baselines, and in features.npz: no run may have such a name.
 TAKEN_NAMES = {"mean", "covariates", "random_encoder", "supervised", "id", "split", "file"}
-# Safe for colour-blind readers (Okabe and Ito).
-COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #F0E442 #000000 #999999".split()
+# Safe for colour-blind readers (Okabe and Ito, but their yellow, which is faint on white).
+COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #7F6000 #000000 #999999".split()
 MARKERS = "osD^vP*X<"
 
 matplotlib.rcParams["text.parse_math"] = False  # two $ in a column's name are no formula
