@@ -184,27 +184,33 @@ def read_wfdb(path, row):
     """WFDB header with format-16 signals in .dat or .mat (https://wfdb.io/spec/header-files.html)."""
     lines = path.read_bytes().decode("utf-8", "replace").splitlines()
     lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    _, count, rate, length = lines[0].split()[:4]
-    signals = [SIGNAL_LINE.fullmatch(line) for line in lines[1 : int(count) + 1]]
-    complete = 0 < len(signals) == int(count) and all(signals)
-    require(complete, path, f"has not {count} signal lines of format 16 with a gain; convert it")
+    _, signal_count, rate, length = lines[0].split()[:4]
+    signals = [SIGNAL_LINE.fullmatch(line) for line in lines[1 : int(signal_count) + 1]]
+    complete = 0 < len(signals) == int(signal_count) and all(signals)
+    require(
+        complete, path, f"has not {signal_count} signal lines of format 16 with a gain; convert it"
+    )
     leads = []
     for file, group in groupby(signals, key=itemgetter("file")):
         group = list(group)
         samples_path = path.with_name(Path(file).name)  # never outside the header's folder
-        require_file(samples_path, LARGEST_ECG_MB)
-        offset = int(group[0]["offset"] or 0)
-        count = int(length) * len(group)
-        complete = 0 < count and offset + 2 * count <= samples_path.stat().st_size
-        rule = f"ends before the {length} samples of its header; copy it again"
-        require(complete, samples_path, rule)
-        samples = np.fromfile(samples_path, "<i2", count, offset=offset).reshape(-1, len(group))
+        samples = read_format_16(samples_path, group, int(length))  # (T, signals)
         for steps, header_line in zip(samples.T, group, strict=True):
             total = steps.sum(dtype=int)
             intact = (total - int(header_line["checksum"] or total)) % 2**16 == 0
             require(intact, samples_path, "differs from its checksum; copy the record again")
             leads.append((header_line["lead"] or "", to_millivolt(steps, header_line, path)))
     return leads, parse_number(re.split("[/(]", rate)[0])
+
+
+def read_format_16(path, signals, length):
+    """Samples int16 (T, signals) of the signals that share a file."""
+    require_file(path, LARGEST_ECG_MB)
+    offset = int(signals[0]["offset"] or 0)
+    count = length * len(signals)
+    complete = 0 < count and offset + 2 * count <= path.stat().st_size
+    require(complete, path, f"ends before the {length} samples of its header; copy it again")
+    return np.fromfile(path, "<i2", count, offset=offset).reshape(length, len(signals))
 
 
 def to_millivolt(steps, header_line, path):
@@ -456,11 +462,12 @@ def stack_orientation(spacing_mm, affine):
     if affine is not None:
         cosines = SHORT_AXIS @ (affine[:3, :3] / spacing_mm)  # (heart direction, stored axis)
     follows_heart = bool(abs(cosines[0, slice_axis]) >= LEAST_HEART_COSINE)
-    if follows_heart:
-        as_stored = abs(cosines[1, row_axis]) + abs(cosines[2, column_axis])
-        exchanged = abs(cosines[1, column_axis]) + abs(cosines[2, row_axis])
-        if exchanged > as_stored:
-            row_axis, column_axis = column_axis, row_axis
+
+    def agreement(rows, columns):  # of two stored axes with the heart's rows and columns
+        return abs(cosines[1, rows]) + abs(cosines[2, columns])
+
+    if follows_heart and agreement(column_axis, row_axis) > agreement(row_axis, column_axis):
+        row_axis, column_axis = column_axis, row_axis
     orientation = np.ones((3, 2))
     for place, axis in enumerate((slice_axis, row_axis, column_axis)):
         orientation[axis, 0] = place
@@ -469,15 +476,16 @@ def stack_orientation(spacing_mm, affine):
     return orientation, follows_heart
 
 
+def require_same(path, name, mine, other):
+    rule = f"its {name} {tuple(mine)} is not ED's {tuple(other)}, and no affines place both"
+    require(np.allclose(mine, other, rtol=1e-3), path, f"{rule}; resample one of them")
+
+
 def onto_grid(stack, reference, path, order):
     """Voxels of a stack on the grid of another, by their affines. order 0: nearest, 1: linear."""
     if stack.affine is None or reference.affine is None:
-        for name, mine, other in (
-            ("grid", stack.voxels.shape, reference.voxels.shape),
-            ("spacing", stack.spacing_mm.tolist(), reference.spacing_mm.tolist()),
-        ):
-            rule = f"its {name} {tuple(mine)} is not ED's {tuple(other)}, and no affines place"
-            require(np.allclose(mine, other, rtol=1e-3), path, f"{rule} both; resample one")
+        require_same(path, "grid", stack.voxels.shape, reference.voxels.shape)
+        require_same(path, "spacing", stack.spacing_mm.tolist(), reference.spacing_mm.tolist())
         return stack.voxels
     shape = reference.voxels.shape
     if stack.voxels.shape == shape and np.allclose(stack.affine, reference.affine, atol=0.1):
@@ -562,9 +570,7 @@ def crop_heart(scan, where="scan"):
     cropped = {name: resample(volume, origin, stride) for name, volume in scan.phases.items()}
 
     # One window, from the part of the grid that the stack covers.
-    begin = np.maximum(0, np.ceil(-origin / stride)).astype(int)
-    end = np.minimum(GRID, np.ceil((ed.shape - origin) / stride)).astype(int)
-    covered = tuple(map(slice, begin, end))
+    covered = covered_part(ed.shape, origin, stride)
     greys = np.stack([volume[covered] for volume in cropped.values()])
     low, high = np.percentile(greys, [1, 99])
     require(high > low, where, "shows one grey level around the heart; check the image or its mask")
@@ -585,6 +591,13 @@ def crop_heart(scan, where="scan"):
     if (es[box] > middle).sum() > (ed[box] > middle).sum():  # bright voxels: blood
         warnings.append("ES seems to hold more blood than ED, are they exchanged?")
     return arrays, warnings
+
+
+def covered_part(shape, origin, stride):
+    """The samples of GRID that lie inside a stack of this shape: three slices."""
+    begin = np.maximum(0, np.ceil(-origin / stride)).astype(int)
+    end = np.minimum(GRID, np.ceil((shape - origin) / stride)).astype(int)
+    return tuple(map(slice, begin, end))
 
 
 def resample(volume, origin, stride):
@@ -1110,7 +1123,8 @@ def augment_cmr(volume, draws):
     to_x = torch.cat([angle.cos(), -angle.sin(), shift[:, :1]], dim=1)
     to_y = torch.cat([angle.sin(), angle.cos(), shift[:, 1:]], dim=1)
     affine = torch.stack([to_x, to_y], dim=1)  # (B, 2, 3)
-    places = F.affine_grid(affine, list(volume[:, :, 0].shape), align_corners=False)
+    count, _, _, height, width = volume.shape
+    places = F.affine_grid(affine, [count, 1, height, width], align_corners=False)
     # One subject of seven is moved: in short runs, more was too much. Slices are channels here.
     is_moved = draws["is_moved"][:, 0] < 0.15
     moved = F.grid_sample(volume[is_moved, 0], places[is_moved], align_corners=False)
@@ -1127,9 +1141,9 @@ def add_noise(values, draws, largest, seed):
     """
     table = noise_table(seed, values.device)
     count = values[0].numel()
-    place, size = draws.unbind(1)  # (B,) each
+    place, strength = draws.unbind(1)  # (B,) each, in 0..1
     starts = (place * (len(table) - count)).long().tolist()
-    sizes = between(size, 0, largest).tolist()
+    sizes = between(strength, 0, largest).tolist()
     for sample, start, size in zip(values, starts, sizes, strict=True):
         sample.add_(table[start : start + count].view_as(sample), alpha=size)
 

@@ -478,9 +478,10 @@ def label_curve(methods, cohort, indices, args, device):
     for labels, draw, splits in label_draws(cohort, indices, args):
         for method in methods:
             features = method.features
-            if method.name == "supervised" and labels != "all":
-                if draw >= SUPERVISED_DRAWS:
-                    continue
+            is_retrained = method.name == "supervised" and labels != "all"
+            if is_retrained and draw >= SUPERVISED_DRAWS:
+                continue
+            if is_retrained:
                 note(f"supervised training on {labels} labels, draw {draw + 1}")
                 features = train_supervised(cohort, splits, args.seed + draw, device)
             # By all training subjects: features that hardly vary among few would explode.
@@ -523,7 +524,7 @@ def predict(run, cohort, indices, table_path, device):
 
     columns = {}
     for target in cohort.phenotypes + cohort.outcomes:
-        columns.update(predict_target(x, cohort, indices, target, len(ids)))
+        columns.update(predict_target(x, cohort, indices, target))
     lines = []
     for k, subject in enumerate(ids):
         cells = {name: f"{values[k]:.5g}" for name, values in columns.items()}
@@ -552,14 +553,16 @@ def read_new_ecgs(rows, table_path, mains_hz):
     return ids, torch.stack(ecgs)
 
 
-def predict_target(x, cohort, indices, target, count):
-    """Columns {name: (count,)} for the last `count` rows of standardised x; {} without a probe."""
-    y = np.append(cohort.columns[target], np.full(count, np.nan))
+def predict_target(x, cohort, indices, target):
+    """Columns {name: (n,)} for the n rows of standardised x behind the cohort's; {} if no probe."""
+    subjects = len(cohort.ids)
+    y = np.full(len(x), np.nan)
+    y[:subjects] = cohort.columns[target]
     if not can_be_probed(y, indices):
         note(f"{target}: too few labels or only one value, not predicted")
         return {}
     predictions, _ = fit_probe(x, y, indices, target in cohort.outcomes)
-    predicted = predictions[-count:]
+    predicted = predictions[subjects:]
     if target in cohort.outcomes:
         return {f"{target}_probability": predicted}
     half_width = conformal_half_width(np.abs(predictions - y), indices["val"])

@@ -197,6 +197,7 @@ def wave_properties(heart, rng):
     wave.pr_ms = 160 + linked("pr_ms", causes) + 18 * normal()
     wave.qt_ms = 412 + linked("qt_ms", causes) + 15 * normal()  # at 60 beats a minute
     wave.p_mv = voltage * 0.11 * np.exp(0.2 * normal())
+    wave.ln_chest_leads = linked("ln chest_leads", causes)  # its chance is drawn after the beats
     return wave
 
 
@@ -245,7 +246,7 @@ def simulate_ecg(heart, rng):
 
     # Leads: those on the chest are so near the heart that they tell its depth
     leads = DOWER @ vector_mv  # (8, T): I, II, V1..V6
-    chest_gain = linked("ln chest_leads", link_causes(heart)) + 0.08 * rng.standard_normal()
+    chest_gain = wave.ln_chest_leads + 0.08 * rng.standard_normal()
     leads[2:] *= np.exp(chest_gain)
 
     # The recorder adds noise, baseline wander and mains hum, and rounds
