@@ -430,8 +430,7 @@ def draw_curves(args, cohort, log):
     for axis in (loss_axis, top1_axis):
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        if axis.lines:
-            axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     data.atomic_write(Path(args.out) / "curves.png", partial(figure.savefig, dpi=110, format="png"))
 
 
