@@ -985,7 +985,7 @@ def find_cohort(path):
     for row in rows:
         for column in FILE_COLUMNS:
             file = path.parent / row.get(column, "")
-            if file.is_file():
+            if os.path.isfile(file):  # false, too, for a name that no file can have
                 digest.update(str(file.stat().st_mtime_ns).encode())
     folder = Path("cohorts") / f"{path.stem}-{digest.hexdigest()[:8]}"
     if not folder.exists():
