@@ -196,8 +196,8 @@ def read_wfdb(path, row):
         samples_path = path.with_name(Path(file).name)  # never outside the header's folder
         samples = read_format_16(samples_path, group, int(length))  # (T, signals)
         for steps, header_line in zip(samples.T, group, strict=True):
-            total = steps.sum(dtype=int)
-            intact = (total - int(header_line["checksum"] or total)) % 2**16 == 0
+            checksum = header_line["checksum"]
+            intact = checksum is None or (steps.sum(dtype=int) - int(checksum)) % 2**16 == 0
             require(intact, samples_path, "differs from its checksum; copy the record again")
             leads.append((header_line["lead"] or "", to_millivolt(steps, header_line, path)))
     return leads, parse_number(re.split("[/(]", rate)[0])
@@ -277,7 +277,7 @@ def clean_ecg(ecg_mv, rate_hz, mains_hz=50, where="ECG"):
     rule = f"limb leads contradict Einthoven and Goldberger by {residual:.0%}; check for exchanged"
     require(residual <= 0.2, where, f"{rule} or inverted leads")
     warnings = ecg_warnings(stored_mv, rate_hz, ecg_mv, residual)
-    return np.round(ecg_mv.clip(-10, 10) * 1000).astype(np.int16), warnings
+    return np.round(ecg_mv * 1000).astype(np.int16), warnings
 
 
 def ecg_warnings(stored_mv, rate_hz, ecg_mv, residual):
@@ -396,12 +396,12 @@ def read_stack(path, dimensions=3, reference=None):
         affine = image.affine if affine_is_valid(image, spacing_mm) else None
         if reference is None or (affine is not None and reference.affine is not None):
             orientation, follows_heart = stack_orientation(spacing_mm, affine)
-        else:
+        else:  # affines cannot place both files: this one lies in its file as the other does
             affine = None
             orientation = reference.orientation
             follows_heart = reference.follows_heart
-        image = image.as_reoriented(orientation)
-        voxels = image.get_fdata(caching="unchanged", dtype=np.float32)  # (Z, Y, X[, T])
+        turned = image.as_reoriented(orientation)
+        voxels = turned.get_fdata(caching="unchanged", dtype=np.float32)  # (Z, Y, X[, T])
     plausible = -1e9 < voxels.min() and voxels.max() < 1e9  # false for NaN
     require(plausible, path, "holds NaN, infinite or absurd voxels; convert it again")
     # The header's spacing in the new order; nibabel would take it from the affine.
@@ -412,9 +412,9 @@ def read_stack(path, dimensions=3, reference=None):
     size = f"{voxels.shape[:3]} voxels (Z, Y, X) of {spacing_mm.round(2).tolist()} mm"
     rule = f"has {size}, too little for a heart; correct the spacing or the file"
     require(has_pixels and has_size, path, rule)
-    if affine is not None:
-        affine = image.affine
-    return Stack(np.ascontiguousarray(voxels), spacing_mm, affine, orientation, follows_heart)
+    turned_affine = None if affine is None else turned.affine
+    voxels = np.ascontiguousarray(voxels)
+    return Stack(voxels, spacing_mm, turned_affine, orientation, follows_heart)
 
 
 def load_nifti(path):
@@ -457,6 +457,7 @@ def stack_orientation(spacing_mm, affine):
     from columns, and all directions, if its slices run along a heart.
     """
     slice_axis = int(np.flatnonzero(spacing_mm > 0.999 * spacing_mm.max())[-1])  # last of equals
+    # NIfTI stores x (columns) before y (rows), unless the affine says otherwise.
     column_axis, row_axis = [axis for axis in range(3) if axis != slice_axis]
     cosines = np.zeros((3, 3))
     if affine is not None:
@@ -466,7 +467,9 @@ def stack_orientation(spacing_mm, affine):
     def agreement(rows, columns):  # of two stored axes with the heart's rows and columns
         return abs(cosines[1, rows]) + abs(cosines[2, columns])
 
-    if follows_heart and agreement(column_axis, row_axis) > agreement(row_axis, column_axis):
+    as_stored = agreement(rows=row_axis, columns=column_axis)
+    exchanged = agreement(rows=column_axis, columns=row_axis)
+    if follows_heart and exchanged > as_stored:
         row_axis, column_axis = column_axis, row_axis
     orientation = np.ones((3, 2))
     for place, axis in enumerate((slice_axis, row_axis, column_axis)):
@@ -936,11 +939,12 @@ def open_cohort(folder):
     require(json_path.is_file(), folder, "is no cohort (has no cohort.json); see data.py prepare")
     with reading(json_path):
         description = json.loads(json_path.read_text())
-        version = description["format_version"]
-        grid = tuple(description["grid"])
-        source = {"kind": description["source"]["kind"], **description["source"]}
-    rule = f"has format {version} and grid {grid}, this code reads {FORMAT_VERSION} and {GRID}"
-    require((version, grid) == (FORMAT_VERSION, GRID), folder, f"{rule}; prepare it again")
+        made_with = [description[key] for key in ("format_version", "grid", "spacing_mm")]
+        source = description["source"]
+        require("kind" in source, json_path, "names no kind of source; prepare the cohort again")
+    needed = [FORMAT_VERSION, list(GRID), list(SPACING_MM)]
+    rule = f"has format, grid and spacing {made_with}, not {needed}; prepare it again"
+    require(made_with == needed, folder, rule)
 
     # The table must be whole, as the arrays go by its order.
     rows = read_table(table_path, required=("id", "split"))
@@ -984,9 +988,10 @@ def find_cohort(path):
     digest = hashlib.sha256(str((path.resolve(), GRID, SPACING_MM, rows)).encode())
     for row in rows:
         for column in FILE_COLUMNS:
-            file = path.parent / row.get(column, "")
-            if os.path.isfile(file):  # false, too, for a name that no file can have
-                digest.update(str(file.stat().st_mtime_ns).encode())
+            stem, ending = os.path.splitext(path.parent / row.get(column, ""))
+            for file in (stem + ending, stem + ".dat", stem + ".mat"):  # the last two: WFDB
+                if os.path.isfile(file):  # false, too, for a name that no file can have
+                    digest.update(str(os.stat(file).st_mtime_ns).encode())
     folder = Path("cohorts") / f"{path.stem}-{digest.hexdigest()[:8]}"
     if not folder.exists():
         prepare(path, folder)

@@ -65,7 +65,8 @@ class ResNet(nn.Module):
 def pad_to_patches(x, patch_size):
     """Add zeros at the end of each axis until patches cover it: the stem misses no sample."""
     padding = []
-    for size, patch in zip(x.shape[:1:-1], patch_size[::-1], strict=True):  # F.pad: last axis first
+    sizes = x.shape[2:]
+    for size, patch in zip(reversed(sizes), reversed(patch_size), strict=True):  # last axis first
         padding += [0, -size % patch]
     return F.pad(x, padding) if any(padding) else x
 

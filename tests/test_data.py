@@ -325,6 +325,18 @@ def test_a_manifest_is_prepared_once_and_anew_when_it_changes(prepared, monkeypa
     changed = prepared[0].with_name("changed.csv")
     changed.write_text(prepared[0].read_text().replace("60", "61"))
     assert data.find_cohort(changed).fingerprint != first.fingerprint
+    samples = next(prepared[0].parent.glob("*.dat"))
+    os.utime(samples, (1, 1))  # the samples behind a header are new
+    assert data.find_cohort(prepared[0]).folder != first.folder
+
+
+def test_one_impossible_file_name_does_not_stop_a_manifest(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    row = raw.write_subject(tmp_path)
+    names = ["/", "\0", "x" * 5000, ".."]
+    bad = [{**row, "id": f"bad{k}", "ecg": name} for k, name in enumerate(names)]
+    raw.write_manifest(tmp_path, [{**row, "id": "good"}, *bad])
+    assert list(data.find_cohort(tmp_path / "manifest.csv").ids) == ["good"]
 
 
 def test_no_more_processes_than_rows_or_cores():
