@@ -10,6 +10,7 @@ subjects give the score with a 95 % bootstrap interval.
 
 import argparse
 import json
+import math
 import re
 import sys
 import warnings
@@ -23,6 +24,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cycler import cycler
 from matplotlib.figure import Figure
 from scipy import special, stats
 
@@ -38,14 +40,14 @@ FEWEST_LABELS = 20  # in the label curve, and on validation for a prediction int
 LABEL_DRAWS = 10  # of n labels, in the label curve
 SUPERVISED_DRAWS = 3  # fewer, as each trains an encoder
 SUPERVISED_LR = 1e-3
-FIGURES = ("probe", "latents", "scatter", "views", "labels", "gallery")
 CURVE_BASELINES = ("covariates", "random_encoder", "supervised")
 # By baselines, and in features.npz: no run may have such a name.
-TAKEN_NAMES = {"mean", "covariates", "random_encoder", "supervised", "id", "split", "file"}
+TAKEN_NAMES = {"mean", *CURVE_BASELINES, "id", "split", "file"}
+FIGURES = ("probe", "latents", "scatter", "views", "labels", "gallery")
 # Safe for colour-blind readers (Okabe and Ito, but their yellow, which is faint on white).
 COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #7F6000 #000000 #999999".split()
-MARKERS = "osD^vP*X<"
 
+matplotlib.rcParams["axes.prop_cycle"] = cycler(color=COLORS, marker=list("osD^vP*X<"))
 matplotlib.rcParams["text.parse_math"] = False  # two $ in a column's name are no formula
 
 
@@ -66,12 +68,11 @@ class Run:
     model: models.DualPhase
     cohort_folder: str  # that it was trained on
     fingerprint: str  # of that cohort
-    embeddings: dict = None  # {"ecg" and each view: (N, 128) unit vectors}
 
 
 @dataclass
 class Method:
-    """What is probed: a named feature matrix, and what the probe finds.
+    """What is probed: a named feature matrix.
 
     Kinds: "run", the ECG encoder of a run ("dual"); "latent", an image encoder of it ("dual.ed");
     "baseline", all else.
@@ -81,7 +82,6 @@ class Method:
     kind: str
     run: str  # name of the run, "" for baselines
     features: np.ndarray  # (N, D)
-    scores: "Scores" = None
 
 
 def load_run(folder):
@@ -108,30 +108,17 @@ def choose_cohort(path, runs):
 
 
 def frozen_features(model, cohort, names, device):
-    """Features of all subjects {name: (N, D) array} from the inputs in `names` ("ecg", "ed", …).
-
-    Raises RuntimeError when a parameter or buffer changes meanwhile: frozen means frozen.
-    """
-    model.to(device)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    """Features of all subjects {name: (N, D) array} from the inputs in `names` ("ecg", "ed", …)."""
     dataset = data.CohortDataset(cohort, names)
     batches = data.plain_batches(dataset, np.arange(len(cohort.ids)), device)
-    features = models.extract_features(model, batches)
-    for name, tensor in model.state_dict().items():
-        if not torch.equal(tensor, before[name]):
-            raise RuntimeError(f"{name} of the frozen model changed while it was evaluated")
+    features = models.extract_features(model.to(device), batches)
     for name, values in features.items():
         data.require(values.isfinite().all(), name, "features are not finite; train again")
     return {name: values.cpu().numpy() for name, values in features.items()}
 
 
-@torch.no_grad()
-def methods_of_run(run, cohort, device):
-    """The ECG encoder, each latent, and ED and ES side by side. Fills in run.embeddings."""
-    features = frozen_features(run.model, cohort, run.model.inputs, device)
-    tensors = {name: torch.from_numpy(values) for name, values in features.items()}
-    run.embeddings = run.model.cpu().embed(tensors)
-
+def methods_of_run(run, features):
+    """The ECG encoder, each latent, and ED and ES side by side, of features {name: (N, D)}."""
     methods = [Method(run.name, "run", run.name, features["ecg"])]
     for view in run.model.views:
         methods.append(Method(f"{run.name}.{view}", "latent", run.name, features[view]))
@@ -141,9 +128,16 @@ def methods_of_run(run, cohort, device):
     return methods
 
 
+@torch.no_grad()
+def embed(run, features):
+    """Features {name: (N, D)} -> unit vectors {name: (N, 128)}, on the CPU."""
+    tensors = {name: torch.from_numpy(values) for name, values in features.items()}
+    return run.model.cpu().embed(tensors)
+
+
 def make_baselines(first, cohort, indices, args, device):
     """What runs must beat. first: the method that also stands beside the covariates."""
-    matrices = {"mean": np.zeros((len(cohort.ids), 1))}
+    matrices = {"mean": np.zeros((len(cohort.ids), 1))}  # on zeros, a probe learns the mean
     if cohort.covariates:
         covariates = np.column_stack([cohort.columns[name] for name in cohort.covariates])
         covariates = np.nan_to_num(standardise(covariates, indices["train"]))  # nan: the mean
@@ -159,7 +153,7 @@ def make_baselines(first, cohort, indices, args, device):
 
 
 # ---------------------------------------------------------------- linear probes
-# Written out, as the design card has no scikit-learn.
+# Written out: a page of NumPy in place of a dependency on scikit-learn.
 
 
 def ridge(x, y, alphas):
@@ -380,7 +374,8 @@ def score_ranks(ranks):
     metrics = {"n": n, "median_rank": np.median(ranks), "chance_rank": (n + 1) / 2}
     metrics["median_rank_ci"] = [1, n]  # fewer than 6 ranks bound their median no better
     if n >= 6:
-        ends = stats.quantile_test(ranks, q=n, p=0.5).confidence_interval(0.95)
+        test_of_median = stats.quantile_test(ranks, p=0.5)  # the interval depends on p alone
+        ends = test_of_median.confidence_interval(0.95)
         metrics["median_rank_ci"] = [int(ends.low), int(ends.high)]
     for k in TOP_K:
         hits = int((ranks <= k).sum())
@@ -586,16 +581,15 @@ def conformal_half_width(errors, val):
 # ---------------------------------------------------------------- metrics and tables
 
 
-def collect_metrics(runs, methods, records, test):
-    """All results as plain dictionaries: metrics.json."""
-    scores = {method.name: method.scores for method in methods}
+def collect_metrics(runs, methods, scores, embeddings, records, test):
+    """All results as plain dictionaries: metrics.json. scores and embeddings: by name."""
     pairs = list(combinations([run.name for run in runs], 2))
     pairs += [(runs[0].name, method.name) for method in methods if method.kind == "baseline"]
     return {
         "probe": {name: score.metrics for name, score in scores.items()},
         "groups": {name: score.groups for name, score in scores.items()},
         "paired": {f"{a}-{b}": compare(scores[a], scores[b]) for a, b in pairs},
-        "retrieval": {run.name: retrieval(run.embeddings, test) for run in runs},
+        "retrieval": {name: retrieval(vectors, test) for name, vectors in embeddings.items()},
         "labels": summarise_curve(records),
     }
 
@@ -658,23 +652,25 @@ def cell(entry, key, form):
 # ---------------------------------------------------------------- figures
 
 
-def draw_figures(runs, methods, metrics, cohort, test):
+def draw_figures(runs, methods, scores, embeddings, metrics, cohort, test):
     """{name: Figure} of all that there is to draw."""
-    first = methods[0]
-    groups = group_phenotypes([name for name in cohort.phenotypes if name in first.scores.metrics])
+    first = runs[0]
+    probes = metrics["probe"]
+    groups = group_phenotypes([name for name in cohort.phenotypes if name in probes[first.name]])
     phenotypes = groups["structural"] + groups["functional"]
-    figures = {"gallery": draw_gallery(runs[0], cohort, test)}
-    if phenotypes:
-        ecg_methods = [m for m in methods if m.kind != "latent" and m.name != "mean"]
-        title = "What linear probes read from the ECG"
-        figures["probe"] = draw_probes(title, ecg_methods, phenotypes, cohort)
-        methods_of_first = [m for m in methods if m.run == first.name]
-        title = f"What the ECG encoder of {first.name} and its image encoders know"
-        figures["latents"] = draw_probes(title, methods_of_first, phenotypes, cohort)
-        figures["scatter"] = draw_scatter(first, phenotypes, cohort, test)
-    if phenotypes and len(runs) > 1:
+    figures = {"gallery": draw_gallery(first, embeddings[first.name], cohort, test)}
+    if not phenotypes:
+        return figures
+    from_ecg = {m.name: probes[m.name] for m in methods if m.kind != "latent" and m.name != "mean"}
+    title = "What linear probes read from the ECG"
+    figures["probe"] = draw_probes(title, from_ecg, phenotypes, cohort)
+    of_first = {m.name: probes[m.name] for m in methods if m.run == first.name}
+    title = f"What the ECG encoder of {first.name} and its image encoders know"
+    figures["latents"] = draw_probes(title, of_first, phenotypes, cohort)
+    figures["scatter"] = draw_scatter(first.name, scores[first.name], phenotypes, cohort, test)
+    if len(runs) > 1:
         figures["views"] = draw_views(runs, metrics, cohort)
-    if phenotypes and metrics["labels"]:
+    if metrics["labels"]:
         figures["labels"] = draw_label_curve(metrics["labels"], first.name, cohort)
     return figures
 
@@ -693,17 +689,21 @@ def axis_label(name):
     return f"{stem} ({unit})" if stem else name
 
 
-def draw_scores(axis, results, names, width=0.8, line=""):
-    """R² with error bars of {label: {name: {"r2", "r2_ci" or "sd"}}}: labels side by side."""
+def draw_scores(axis, results, names, width=0.8, line="none"):
+    """R² with error bars of {label: {name: {"r2", "r2_ci" or "sd"}}}: labels side by side.
+
+    Error bars are the 95 % interval, or the spread of draws.
+    """
     step = width / len(results)
     for k, (label, entries) in enumerate(results.items()):
         shown = [name for name in names if name in entries]
         x = [names.index(name) - width / 2 + (k + 0.5) * step for name in shown]
-        r2 = np.array([entries[name]["r2"] for name in shown])
-        ends = np.array([error_ends(entries[name]) for name in shown]).reshape(-1, 2)
-        color = COLORS[k % len(COLORS)]
-        marker = MARKERS[k % len(MARKERS)]
-        axis.errorbar(x, r2, np.abs(ends.T - r2), fmt=marker + line, color=color, label=label)
+        r2 = np.array([entries[name]["r2"] for name in shown])  # (n,)
+        sd = np.array([entries[name].get("sd", 0) for name in shown])
+        errors = np.array([sd, sd])  # (2, n), below and above
+        if shown and "r2_ci" in entries[shown[0]]:
+            errors = np.abs(np.array([entries[name]["r2_ci"] for name in shown]).T - r2)
+        axis.errorbar(x, r2, errors, linestyle=line, label=label)
     for k in range(1, len(names)):
         axis.axvline(k - 0.5, color="lightgray", lw=0.8)
     axis.set_xticks(range(len(names)), [axis_label(name).replace(" ", "\n") for name in names])
@@ -711,18 +711,11 @@ def draw_scores(axis, results, names, width=0.8, line=""):
     axis.grid(axis="y", alpha=0.3)
 
 
-def error_ends(entry):
-    """The 95 % interval, or the spread of draws."""
-    if "r2_ci" in entry:
-        return entry["r2_ci"]
-    return [entry["r2"] - entry["sd"], entry["r2"] + entry["sd"]]
-
-
-def draw_probes(title, methods, phenotypes, cohort):
-    """R² of each phenotype by each method."""
+def draw_probes(title, results, phenotypes, cohort):
+    """R² of each phenotype by each method, of results {method: {phenotype: …}}."""
     figure = new_figure(title, cohort, height=4.2)
     axis = figure.subplots()
-    draw_scores(axis, {method.name: method.scores.metrics for method in methods}, phenotypes)
+    draw_scores(axis, results, phenotypes)
     axis.set_xlabel("phenotype (unit), structural ones first")
     axis.set_ylabel("R² on test subjects\n(95 % bootstrap interval)")
     figure.legend(frameon=False, ncols=5, loc="outside lower center")
@@ -763,34 +756,33 @@ def draw_label_curve(curve, run, cohort):
     return figure
 
 
-def draw_scatter(method, phenotypes, cohort, test):
+def draw_scatter(run, scores, phenotypes, cohort, test):
     """Predicted against true phenotypes of test subjects, with the identity line."""
-    lines = -(-len(phenotypes) // 4)
-    figure = new_figure(f"Test subjects, by {method.name}", cohort, height=2.5 * lines + 0.4)
+    lines = math.ceil(len(phenotypes) / 4)
+    figure = new_figure(f"Test subjects, by {run}", cohort, height=2.5 * lines + 0.4)
     axes = figure.subplots(lines, 4, squeeze=False).ravel()
     for axis in axes[len(phenotypes) :]:
         axis.set_axis_off()
     for axis, name in zip(axes, phenotypes, strict=False):
         y = cohort.columns[name][test]
-        prediction = method.scores.predictions[name][test]
-        axis.plot(y, prediction, ".", ms=3, color=COLORS[0])
+        prediction = scores.predictions[name][test]
+        axis.plot(y, prediction, ".", ms=3)
         axis.axline((np.nanmean(y), np.nanmean(y)), slope=1, color="black", lw=1)
         axis.set_aspect("equal", adjustable="datalim")
         axis.set_xlabel(f"true {axis_label(name)}")
         axis.set_ylabel(f"predicted {axis_label(name)}")
-        axis.set_title(f"R² {cell(method.scores.metrics[name], 'r2', '.2f')}", fontsize=10)
+        axis.set_title(f"R² {cell(scores.metrics[name], 'r2', '.2f')}", fontsize=10)
     return figure
 
 
-def draw_gallery(run, cohort, test):
+def draw_gallery(run, embeddings, cohort, test):
     """Four test ECGs, their own hearts and the three hearts that each retrieves."""
     phases = run.model.inputs[1:]
     title = f"Hearts that ECGs retrieve by {run.name}, middle slice at {' | '.join(phases).upper()}"
     figure = new_figure(title, cohort, height=6.8)
     axes = figure.subplots(4, 5, width_ratios=(1.6, 1, 1, 1, 1))
-    similarity = 0
-    for view in run.model.views:
-        similarity = similarity + run.embeddings["ecg"][test] @ run.embeddings[view][test].T
+    images = sum(embeddings[view][test] for view in run.model.views)  # (n, 128)
+    similarity = embeddings["ecg"][test] @ images.T  # (n, n), summed over views
     captions = [name for name in ("LVEDV_ml", "LVEF_pct") if name in cohort.phenotypes]
     dataset = data.CohortDataset(cohort, run.model.inputs)
     queries = np.linspace(0, len(test) - 1, 4).astype(int)
@@ -848,6 +840,15 @@ def parse_arguments():
     return args
 
 
+def check_names(runs):
+    """Refuse runs that could not be told apart in metrics.json."""
+    names = [run.name for run in runs]
+    for run in runs:
+        names += [f"{run.name}.{view}" for view in run.model.views]
+    unique = len(set(names)) == len(names) and not TAKEN_NAMES & set(names)
+    data.require(unique, "RUN", "two folders, or one and a baseline, share a name; rename one")
+
+
 def check_cohort(cohort, indices, args):
     """Refuse what the cohort is too small for."""
     for split in data.SPLITS:
@@ -886,9 +887,7 @@ def main():
     args = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = [load_run(folder) for folder in args.runs]
-    names = [run.name for run in runs]
-    unique = len(set(names)) == len(names) and not TAKEN_NAMES & set(names)
-    data.require(unique, "RUN", "two folders, or one and a baseline, share a name; rename one")
+    check_names(runs)
     cohort = choose_cohort(args.data, runs)
     indices = {split: cohort.indices(split) for split in data.SPLITS}
     check_cohort(cohort, indices, args)
@@ -897,32 +896,37 @@ def main():
 
     # Feature matrices of all that is probed
     methods = []
+    embeddings = {}
     for run in runs:
         note(f"features of {run.name}")
-        methods += methods_of_run(run, cohort, device)
+        features = frozen_features(run.model, cohort, run.model.inputs, device)
+        methods += methods_of_run(run, features)
+        embeddings[run.name] = embed(run, features)
     methods += make_baselines(methods[0], cohort, indices, args, device)
 
     # Probes, of outcomes only from the ECG's side
     note("probes")
     counts = bootstrap_counts(len(indices["test"]), args.bootstrap, args.seed)
+    scores = {}
     for method in methods:
         targets = cohort.phenotypes
         if method.kind != "latent":
             targets = cohort.phenotypes + cohort.outcomes
         x = standardise(method.features, indices["train"])
-        method.scores = probe(x, cohort, indices, targets, counts)
+        scores[method.name] = probe(x, cohort, indices, targets, counts)
     for target in cohort.phenotypes + cohort.outcomes:
-        if target not in methods[0].scores.metrics:
+        if target not in scores[runs[0].name].metrics:
             note(f"{target} is left out: too few labels in a split, or only one value")
     in_curve = [m for m in methods if m.kind == "run" or m.name in CURVE_BASELINES]
     records = label_curve(in_curve, cohort, indices, args, device)
 
     # Results
-    metrics = collect_metrics(runs, methods, records, indices["test"])
+    metrics = collect_metrics(runs, methods, scores, embeddings, records, indices["test"])
     text = table_text(metrics, methods, cohort, indices)
     out = runs[0].folder / "eval"
     write_results(out, metrics, text, records, methods, cohort)
-    write_figures(out, draw_figures(runs, methods, metrics, cohort, indices["test"]))
+    figures = draw_figures(runs, methods, scores, embeddings, metrics, cohort, indices["test"])
+    write_figures(out, figures)
     print(f"{text}\nwrote {out}")
 
 

@@ -43,7 +43,7 @@ def dual_phase_loss(embeddings, weights=None, temperature=0.07):
         if a in embeddings and b in embeddings:
             pair = f"{a}_{b}"
             weight = weights.get(pair, 1.0)
-            if not weight >= 0:
+            if not weight >= 0:  # true for NaN, too
                 raise ValueError(f"weight of {pair} must not be negative")
             losses[pair] = info_nce(embeddings[a], embeddings[b], temperature)
             weighted_sum = weighted_sum + weight * losses[pair]

@@ -186,7 +186,7 @@ def wave_properties(heart, rng):
     causes = link_causes(heart)
     wave = SimpleNamespace()
     voltage = np.exp(linked("ln voltage", causes) + 0.08 * normal())
-    wave.qrs_mv = voltage * np.exp(linked("ln qrs_mv", causes) + 0.14 * normal())
+    wave.qrs_mv = voltage * np.exp(linked("ln qrs_mv", causes) + 0.16 * normal())
     wave.qrs_ms = 87.5 + linked("qrs_ms", causes) + 6 * normal()
     wave.qrs_axis_deg = 45 + linked("qrs_axis_deg", causes) + 11 * normal()
     wave.r_back = 0.25 + linked("r_back", causes) + 0.12 * normal()

@@ -76,7 +76,7 @@ def main():
     if args.resume:
         log = resume(args, defaults, cohort, model, optimizer)
     lr_factor = partial(warmup_then_cosine, args=args, steps_per_epoch=steps_per_epoch)
-    last_step = len(log) * steps_per_epoch - 1  # -1: none was taken
+    last_step = len(log) * steps_per_epoch - 1  # -1: none was taken; LambdaLR makes one at once
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor, last_step)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
 
@@ -267,11 +267,11 @@ def make_optimizer(model, lr, weight_decay):
 
 def warmup_then_cosine(step, args, steps_per_epoch):
     """Factor of the peak rate: linear warm-up, then a cosine to zero (Loshchilov 2017)."""
-    epoch = step / steps_per_epoch
-    if epoch < args.warmup_epochs:
+    epochs_done = step / steps_per_epoch
+    if epochs_done < args.warmup_epochs:
         # From 0.02 epochs on, as a first step at rate 0 would be lost.
-        return min(1, max(epoch, 0.02) / args.warmup_epochs)
-    progress = (epoch - args.warmup_epochs) / max(1e-9, args.epochs - args.warmup_epochs)
+        return min(1, max(epochs_done, 0.02) / args.warmup_epochs)
+    progress = (epochs_done - args.warmup_epochs) / max(1e-9, args.epochs - args.warmup_epochs)
     return (1 + math.cos(math.pi * min(1, progress))) / 2
 
 
@@ -305,10 +305,11 @@ def validate(model, dataset, indices, args):
     """
     if len(indices) < 2:
         return {}
-    size = min(len(indices), args.micro_batch or args.batch_size)
-    batches = data.plain_batches(dataset, indices, args.device, size, args.workers)
+    encode_size = min(len(indices), args.micro_batch or args.batch_size)  # a matter of memory only
+    batches = data.plain_batches(dataset, indices, args.device, encode_size, args.workers)
     features = models.extract_features(model, batches)  # {name: (N, 128)}
     embeddings = model.embed(features)
+    # Contrast among at most a training batch, so that the loss stands beside ln B.
     parts = np.array_split(np.arange(len(indices)), math.ceil(len(indices) / args.batch_size))
     rows = []
     for part in parts:

@@ -206,7 +206,6 @@ def test_command_refuses_wrong_arguments(arguments, named, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="LVM r was 0.842: a touch above the bound since the ECG encoder is wider")
 def test_the_ecg_tells_no_more_than_published(tmp_path):
     """Supervised training on 21,000 ECGs: LVM r 0.79 ± 0.05 (Khurshid 2021), LVEF, RVEF harder."""
     hearts = [synthetic.draw_heart(0, subject) for subject in range(30_000)]
