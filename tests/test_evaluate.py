@@ -457,6 +457,7 @@ REFUSED = {
     "--predict link.csv": "overwritten",
     "other/run": "share a name",
     "mean": "share a name",
+    "run.ed": "share a name",
     "other/run --predict new.csv": "RUN",
 }
 
@@ -465,7 +466,8 @@ REFUSED = {
 def test_wrong_arguments_are_refused_in_one_sentence(cohort, tmp_path, run_script, arguments):
     run = make_run(tmp_path / "run", cohort, ["ed"])
     make_run(tmp_path / "other" / "run", cohort, ["ed"])
-    make_run(tmp_path / "mean", cohort, ["ed"])
+    for name in ("mean", "run.ed"):
+        make_run(tmp_path / name, cohort, ["ed"])
     (tmp_path / "predictions.csv").write_text("id,ecg\n1,1.xml\n")
     (tmp_path / "link.csv").symlink_to("predictions.csv")
     result = run_script("evaluate.py", run, *arguments.split(), cwd=tmp_path)
