@@ -35,6 +35,7 @@ from functools import lru_cache, partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from warnings import catch_warnings
 
 import nibabel
 import numpy as np
@@ -392,53 +393,63 @@ def read_stack(path, dimensions=3, reference=None):
         image = load_nifti(path)
         rule = f"is {image.ndim}D {image.shape}, but {dimensions}D is needed; see the columns"
         require(image.ndim == dimensions, path, rule)
-        spacing_mm = np.array(image.header.get_zooms()[:3], float)
-        affine = image.affine if affine_is_valid(image, spacing_mm) else None
+        stored_mm = np.array(image.header.get_zooms()[:3], float)
+        affine = image.affine if affine_is_valid(image, stored_mm) else None
         if reference is None or (affine is not None and reference.affine is not None):
-            orientation, follows_heart = stack_orientation(spacing_mm, affine)
-        else:  # affines cannot place both files: this one lies in its file as the other does
+            orientation, follows_heart = stack_orientation(stored_mm, affine)
+        else:  # without two affines, both files are taken to be stored in one order
             affine = None
             orientation = reference.orientation
             follows_heart = reference.follows_heart
         turned = image.as_reoriented(orientation)
         voxels = turned.get_fdata(caching="unchanged", dtype=np.float32)  # (Z, Y, X[, T])
+    # The header's spacing in the new order; nibabel would take it from the affine.
+    spacing_mm = stored_mm[np.argsort(orientation[:, 0])]
+    require_heart_size(path, voxels, spacing_mm)
+    turned_affine = None if affine is None else turned.affine
+    voxels = np.ascontiguousarray(voxels)
+    return Stack(voxels, spacing_mm, turned_affine, orientation, follows_heart)
+
+
+def require_heart_size(path, voxels, spacing_mm):
+    """Refuse (Z, Y, X[, T]) that cannot show a heart: absurd grey levels, or too small."""
     plausible = -1e9 < voxels.min() and voxels.max() < 1e9  # false for NaN
     require(plausible, path, "holds NaN, infinite or absurd voxels; convert it again")
-    # The header's spacing in the new order; nibabel would take it from the affine.
-    spacing_mm = spacing_mm[np.argsort(orientation[:, 0])]
     extent_mm = voxels.shape[:3] * spacing_mm
     has_pixels = len(voxels) >= 3 and min(voxels.shape[1:3]) >= 16
     has_size = extent_mm[0] >= 25 and extent_mm[1:].min() >= 80
     size = f"{voxels.shape[:3]} voxels (Z, Y, X) of {spacing_mm.round(2).tolist()} mm"
     rule = f"has {size}, too little for a heart; correct the spacing or the file"
     require(has_pixels and has_size, path, rule)
-    turned_affine = None if affine is None else turned.affine
-    voxels = np.ascontiguousarray(voxels)
-    return Stack(voxels, spacing_mm, turned_affine, orientation, follows_heart)
 
 
 def load_nifti(path):
     """A nibabel image, read to the end of the file: only then is a .gz's checksum verified."""
+    largest = int(LARGEST_IMAGE_MB * 1e6)  # bytes
+    too_large = f"unpacks to over {LARGEST_IMAGE_MB} MB; crop it"
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     with opener(path, "rb") as file:
-        content = file.read(int(LARGEST_IMAGE_MB * 1e6) + 1)
-    rule = f"unpacks to over {LARGEST_IMAGE_MB} MB; crop it"
-    require(len(content) <= LARGEST_IMAGE_MB * 1e6, path, rule)
+        content = file.read(largest + 1)
+    require(len(content) <= largest, path, too_large)
+
+    # The header as written: nibabel would repair a spacing of 0.
     is_nifti2 = content[4:7] == b"n+2"
     require(is_nifti2 or content[344:347] == b"n+1", path, "is no NIfTI file; convert it")
     image_class = nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image
     header_size = image_class.header_class.template_dtype.itemsize
     header = image_class.header_class(content[:header_size], check=False)
-    spacing_mm = header["pixdim"][1:4]  # as written: nibabel would repair a spacing of 0
+    spacing_mm = header["pixdim"][1:4]
     valid = np.isfinite(spacing_mm).all() and (spacing_mm > 0).all()
     require(valid, path, f"voxel spacing {spacing_mm.tolist()} mm is not positive; correct it")
+
+    # What the header promises must be there.
     image = nibabel.squeeze_image(image_class.from_bytes(content))
     dtype = image.get_data_dtype()
     require(dtype.kind in "iuf", path, f"holds {dtype} voxels, not grey levels; convert it again")
     voxels = math.prod(image.shape)
     whole = 0 < voxels * dtype.itemsize <= len(content)
     require(whole, path, f"announces {image.shape} voxels but holds fewer; copy it again")
-    require(4 * voxels <= LARGEST_IMAGE_MB * 1e6, path, rule)  # float32 takes 4 bytes
+    require(4 * voxels <= largest, path, too_large)  # float32 takes 4 bytes
     return image
 
 
@@ -453,30 +464,18 @@ def stack_orientation(spacing_mm, affine):
     """How to turn stored axes to (Z, Y, X): (orientation, whether it follows the heart).
 
     orientation (3, 2), as nibabel writes it: for each stored axis, its place among (Z, Y, X), and
-    -1 where it is flipped. Slices run along the thickest voxels. The affine (or None) tells rows
-    from columns, and all directions, if its slices run along a heart.
+    -1 where it is flipped. Slices run along the thickest voxels. If the affine's slices run along a
+    heart, it tells rows from columns and all directions; else (or None) axes stay as stored.
     """
     slice_axis = int(np.flatnonzero(spacing_mm > 0.999 * spacing_mm.max())[-1])  # last of equals
-    # NIfTI stores x (columns) before y (rows), unless the affine says otherwise.
-    column_axis, row_axis = [axis for axis in range(3) if axis != slice_axis]
-    cosines = np.zeros((3, 3))
     if affine is not None:
-        cosines = SHORT_AXIS @ (affine[:3, :3] / spacing_mm)  # (heart direction, stored axis)
-    follows_heart = bool(abs(cosines[0, slice_axis]) >= LEAST_HEART_COSINE)
-
-    def agreement(rows, columns):  # of two stored axes with the heart's rows and columns
-        return abs(cosines[1, rows]) + abs(cosines[2, columns])
-
-    as_stored = agreement(rows=row_axis, columns=column_axis)
-    exchanged = agreement(rows=column_axis, columns=row_axis)
-    if follows_heart and exchanged > as_stored:
-        row_axis, column_axis = column_axis, row_axis
-    orientation = np.ones((3, 2))
-    for place, axis in enumerate((slice_axis, row_axis, column_axis)):
-        orientation[axis, 0] = place
-        if follows_heart and cosines[place, axis] < 0:
-            orientation[axis, 1] = -1
-    return orientation, follows_heart
+        to_heart = np.eye(4)
+        to_heart[:3, :3] = SHORT_AXIS @ affine[:3, :3]  # stored axes -> directions of the heart
+        if abs(to_heart[0, slice_axis]) >= LEAST_HEART_COSINE * spacing_mm[slice_axis]:
+            return nibabel.io_orientation(to_heart), True
+    column_axis, row_axis = [axis for axis in range(3) if axis != slice_axis]  # x before y
+    places = np.argsort([slice_axis, row_axis, column_axis])
+    return np.column_stack([places, np.ones(3)]), False
 
 
 def require_same(path, name, mine, other):
@@ -622,10 +621,19 @@ READER_COLUMNS = ("ecg_hz", "ed_frame", "es_frame")  # what readers need beside 
 
 
 @dataclass
+class Row:
+    """A row of a table, and the rule that it breaks, so that the others can go on."""
+
+    cells: dict  # {column: text}
+    line: int  # in the file
+    problem: str = ""  # a sentence; "" for a good row
+
+
+@dataclass
 class Subject:
     """One row on its way into a cohort: its arrays, or the reason why it is rejected."""
 
-    row: dict  # id, split and the columns as text
+    row: dict  # its cells: id, split and the columns as text
     arrays: dict = field(default_factory=dict)  # as in ARRAYS
     warnings: list = field(default_factory=list)
     reason: str = ""
@@ -636,9 +644,9 @@ def is_text(cell):
 
 
 def read_table(path, required):
-    """Read a CSV (comma or ';', UTF-8, BOM allowed): list of {column: text, "line", "problem"}.
+    """Read a CSV with a header (comma or ';', UTF-8, BOM allowed): list of Row.
 
-    A row that breaks a rule has it in "problem", so that the others can go on; "" is a good row.
+    Raises InputError where the header does not fit, or no row follows it.
     """
     path = Path(path)
     require_file(path, LARGEST_IMAGE_MB)
@@ -655,66 +663,65 @@ def read_table(path, required):
     require(not missing, path, f"has no column {', '.join(missing)}; {header}; add it")
     repeated = [name for name, count in Counter(columns).items() if name and count > 1]
     require(not repeated, path, f"names column {', '.join(repeated)} twice; {header}; rename one")
-    is_free = "line" not in columns and "problem" not in columns
-    require(is_free, path, "must not name a column 'line' or 'problem'; rename it")
-
     rows = []
     first_line = {}  # of each id
-    for line, cells in lines[1:]:
-        texts = [cell.strip() for cell in cells]
+    for line, texts in lines[1:]:
+        texts = [text.strip() for text in texts]
         texts = ["" if text.lower() == "nan" else text for text in texts]  # as pandas writes it
-        row = dict.fromkeys(columns, "")
-        row.update(zip(columns, texts, strict=False))
-        row["line"] = line
-        row["problem"] = ""
-        if len(cells) != len(columns):
-            row["problem"] = f"line {line} has {len(cells)} cells, not {len(columns)}; correct it"
-        elif not row["id"]:
-            row["problem"] = f"line {line} has an empty id; give each subject one"
-        elif row["id"] in first_line:
-            row["problem"] = f"id stands in line {first_line[row['id']]} already; keep one row"
-        first_line.setdefault(row["id"], line)
+        cells = dict.fromkeys(columns, "")
+        cells.update(zip(columns, texts, strict=False))
+        row = Row(cells, line)
+        if len(texts) != len(columns):
+            row.problem = f"line {line} has {len(texts)} cells, not {len(columns)}; correct it"
+        elif not cells["id"]:
+            row.problem = f"line {line} has an empty id; give each subject one"
+        elif cells["id"] in first_line:
+            row.problem = f"id stands in line {first_line[cells['id']]} already; keep one row"
+        first_line.setdefault(cells["id"], line)
         rows.append(row)
     return rows
 
 
 def read_manifest(path):
-    """Read a manifest: (rows as of read_table, names of its numeric columns). Raises InputError.
+    """Read a manifest: (list of Row, names of its numeric columns). Raises InputError.
 
     A column is numeric when most of its filled cells are numbers; others are ignored, and said so.
     """
     rows = read_table(path, required=("id", "ecg"))
-    has_images = "cine" in rows[0] or ("ed" in rows[0] and "es" in rows[0])
+    header = rows[0].cells
+    has_images = "cine" in header or ("ed" in header and "es" in header)
     require(has_images, path, "has neither columns ed and es nor a column cine; add them")
-    special = ("id", "split", "line", "problem", *FILE_COLUMNS, *READER_COLUMNS)
+    special = ("id", "split", *FILE_COLUMNS, *READER_COLUMNS)
     columns = []
-    for name in [name for name in rows[0] if name not in special]:
-        filled = [row for row in rows if row[name]]
-        numeric = [row for row in filled if not is_text(row[name])]
+    for name in [name for name in header if name not in special]:
+        filled = [row for row in rows if row.cells[name]]
+        numeric = [row for row in filled if not is_text(row.cells[name])]
         if name in COVARIATES or (name and 2 * len(numeric) > len(filled)):
             columns.append(name)
         else:
-            lines = [row["line"] for row in numeric[:3]]
+            lines = [row.line for row in numeric[:3]]
             exception = f" but in lines {lines}" if lines else ""
             print(f"column {name or '(unnamed)'} is ignored: it holds no numbers{exception}")
     for row in rows:
-        row["problem"] = row["problem"] or row_problem(row, columns)
-        row["split"] = row.get("split") or split_of(row["id"])
+        row.problem = row.problem or manifest_problem(row, columns)
+        row.cells["split"] = row.cells.get("split") or split_of(row.cells["id"])
     return rows, columns
 
 
-def row_problem(row, columns):
-    """The first rule that a manifest row breaks, as a sentence; "" for a good row."""
-    line = f"line {row['line']}:"
+def manifest_problem(row, columns):
+    """The first rule of manifests that a row breaks, as a sentence; "" for a good row."""
+    cells = row.cells
     for name in columns:
-        if is_text(row[name]):
-            return f"{line} {name} '{row[name]}' is no number; correct or empty the cell"
-    if row.get("sex") and parse_number(row["sex"]) not in (0, 1):
-        return f"{line} sex '{row['sex']}' must be 0 (female) or 1 (male)"
-    if row.get("split", "") not in ("", *SPLITS):
-        return f"{line} split '{row['split']}' must be train, val or test"
-    if not row["ecg"] or not (row.get("cine") or (row.get("ed") and row.get("es"))):
-        return f"{line} names no ECG or no pair of ED and ES (or cine); fill it in"
+        if is_text(cells[name]):
+            return (
+                f"line {row.line}: {name} '{cells[name]}' is no number; correct or empty the cell"
+            )
+    if cells.get("sex") and parse_number(cells["sex"]) not in (0, 1):
+        return f"line {row.line}: sex '{cells['sex']}' must be 0 (female) or 1 (male)"
+    if cells.get("split", "") not in ("", *SPLITS):
+        return f"line {row.line}: split '{cells['split']}' must be train, val or test"
+    if not cells["ecg"] or not (cells.get("cine") or (cells.get("ed") and cells.get("es"))):
+        return f"line {row.line}: names no ECG or no pair of ED and ES (or cine); fill it in"
     return ""
 
 
@@ -725,18 +732,22 @@ def split_of(subject_id):
 
 
 def prepare_row(manifest_path, mains_hz, row):
-    """One manifest row -> Subject. Never raises, as the other rows must go on."""
+    """One Row of a manifest -> Subject. Never raises, as the other rows must go on."""
     folder = Path(manifest_path).parent
+    cells = row.cells
     try:
-        require(not row["problem"], manifest_path, row["problem"])
-        ecg, ecg_warnings = read_ecg(row, folder, mains_hz)
-        images, cmr_warnings = crop_heart(read_scan(row, folder), row.get("cine") or row["ed"])
+        require(not row.problem, manifest_path, row.problem)
+        ecg, ecg_warnings = read_ecg(cells, folder, mains_hz)
+        images, cmr_warnings = crop_heart(
+            read_scan(cells, folder), cells.get("cine") or cells["ed"]
+        )
     except InputError as error:
-        return Subject(row, reason=str(error))
+        return Subject(cells, reason=str(error))
     except Exception as error:  # a file that breaks a library in a new way
-        return Subject(row, reason=f"{type(error).__name__}: {error}; check the files of this row")
-    warnings = [*ecg_warnings, *cmr_warnings, *implausible_values(row)]
-    return Subject(row, {"ecg": ecg, **images}, warnings)
+        reason = f"{type(error).__name__}: {error}; check the files of this row"
+        return Subject(cells, reason=reason)
+    warnings = [*ecg_warnings, *cmr_warnings, *implausible_values(cells)]
+    return Subject(cells, {"ecg": ecg, **images}, warnings)
 
 
 def implausible_values(row):
@@ -912,6 +923,12 @@ def atomic_write(path, save):
     aside.replace(path)
 
 
+def load_checkpoint(path):
+    """What torch.save wrote: tensors and built-ins alone, so that no foreign code can run."""
+    with reading(path), catch_warnings(action="ignore"):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 @dataclass
 class Cohort:
     """All of a cohort folder but its arrays, which stay on disk."""
@@ -948,9 +965,10 @@ def open_cohort(folder):
 
     # The table must be whole, as the arrays go by its order.
     rows = read_table(table_path, required=("id", "split"))
-    names = [name for name in rows[0] if name not in ("id", "split", "line", "problem")]
-    damaged = [row for row in rows if row["problem"] or row["split"] not in SPLITS]
+    damaged = [row for row in rows if row.problem or row.cells["split"] not in SPLITS]
     require(not damaged, table_path, "has damaged rows; prepare the cohort again")
+    subjects = [row.cells for row in rows]
+    names = [name for name in subjects[0] if name not in ("id", "split")]
     for name, (dtype, shape) in ARRAYS.items():
         path = folder / f"{name}.npy"
         with reading(path):
@@ -959,14 +977,14 @@ def open_cohort(folder):
         rule = f"is {array.dtype} {array.shape}, not {dtype} {(len(rows), *shape)}; prepare again"
         require(fits and array.flags.c_contiguous, path, rule)
 
-    columns = {name: np.array([parse_number(row[name]) for row in rows]) for name in names}
+    columns = {name: np.array([parse_number(row[name]) for row in subjects]) for name in names}
     filled = [name for name in names if np.isfinite(columns[name]).any()]
     targets = [name for name in filled if name not in COVARIATES]
     is_binary = {name: set(columns[name][np.isfinite(columns[name])]) <= {0, 1} for name in targets}
     return Cohort(
         folder=folder,
-        ids=np.array([row["id"] for row in rows]),
-        split=np.array([row["split"] for row in rows]),
+        ids=np.array([row["id"] for row in subjects]),
+        split=np.array([row["split"] for row in subjects]),
         columns=columns,
         phenotypes=[name for name in targets if not is_binary[name]],
         outcomes=[name for name in targets if is_binary[name]],
@@ -987,15 +1005,21 @@ def find_cohort(path):
     rows = read_table(path, required=("id", "ecg"))
     digest = hashlib.sha256(str((path.resolve(), GRID, SPACING_MM, rows)).encode())
     for row in rows:
-        for column in FILE_COLUMNS:
-            stem, ending = os.path.splitext(path.parent / row.get(column, ""))
-            for file in (stem + ending, stem + ".dat", stem + ".mat"):  # the last two: WFDB
-                if os.path.isfile(file):  # false, too, for a name that no file can have
-                    digest.update(str(os.stat(file).st_mtime_ns).encode())
+        for file in files_of(row.cells, path.parent):
+            digest.update(str(os.stat(file).st_mtime_ns).encode())
     folder = Path("cohorts") / f"{path.stem}-{digest.hexdigest()[:8]}"
     if not folder.exists():
         prepare(path, folder)
     return open_cohort(folder)
+
+
+def files_of(row, folder):
+    """The files that a manifest row names, samples beside a WFDB header included, if they exist."""
+    files = []
+    for column in FILE_COLUMNS:
+        stem, ending = os.path.splitext(folder / row.get(column, ""))
+        files += [stem + ending, stem + ".dat", stem + ".mat"]
+    return [file for file in files if os.path.isfile(file)]  # false for impossible names, too
 
 
 # ---------------------------------------------------------------- batches
@@ -1175,7 +1199,6 @@ def check(manifest_path, workers=None, mains_hz=50):
 
 def prepare(manifest_path, folder, workers=None, mains_hz=50):
     """Raw files named by a manifest -> cohort folder; bad rows are reported, the rest goes on."""
-    require_new(folder)
     rows, columns = read_manifest(manifest_path)
     subjects = run_parallel(partial(prepare_row, manifest_path, mains_hz), rows, workers)
     source = {"kind": "manifest", "manifest": str(manifest_path), "mains_hz": mains_hz}

@@ -13,7 +13,6 @@ import json
 import math
 import re
 import sys
-import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -89,8 +88,8 @@ def load_run(folder):
     path = Path(folder) / "best.pt"
     rule = "holds no trained run (no best.pt); train one with train.py"
     data.require(path.is_file(), folder, rule)
-    with warnings.catch_warnings(action="ignore"), data.reading(path):
-        saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
+    saved = data.load_checkpoint(path)
+    with data.reading(path):
         model = models.build(argparse.Namespace(**saved["args"]))
         model.load_state_dict(saved["model"])
         name = path.parent.resolve().name
@@ -140,7 +139,8 @@ def make_baselines(first, cohort, indices, args, device):
     matrices = {"mean": np.zeros((len(cohort.ids), 1))}  # on zeros, a probe learns the mean
     if cohort.covariates:
         covariates = np.column_stack([cohort.columns[name] for name in cohort.covariates])
-        covariates = np.nan_to_num(standardise(covariates, indices["train"]))  # nan: the mean
+        covariates = standardise(covariates, covariates[indices["train"]])
+        covariates = np.nan_to_num(covariates)  # a missing one counts as the mean
         matrices["covariates"] = covariates
         matrices[f"covariates+{first.name}"] = np.hstack([covariates, first.features])
     torch.manual_seed(args.seed)
@@ -195,9 +195,9 @@ def logistic(x, y, alphas):
     return solutions
 
 
-def standardise(x, train):
-    """Columns of (N, D) with mean 0 and spread 1 over the training subjects; nan stays nan."""
-    known = np.ma.masked_invalid(x[train])
+def standardise(x, reference):
+    """x (N, D) with each column in spreads from the mean of its reference (n, D); nan stays nan."""
+    known = np.ma.masked_invalid(reference)
     mean = known.mean(0, dtype=float).filled(0)
     std = known.std(0, dtype=float).filled(0)
     return (x - mean) / np.where(std > 1e-9, std, 1)
@@ -216,7 +216,7 @@ def can_be_probed(y, indices):
 
 
 def fit_probe(x, y, indices, binary):
-    """Predictions (N,) of y (N,), nan where unknown, by standardised x (N, D); and their alpha.
+    """Weights (D + 1,) by which standardised x (N, D) tells y (N,), nan where unknown; and alpha.
 
     Fitted on train. alpha has the lowest squared error, or log loss, on val.
     """
@@ -224,15 +224,20 @@ def fit_probe(x, y, indices, binary):
     val = labelled(y, indices["val"])
     solve = logistic if binary else ridge
     weights = solve(x[train], y[train], ALPHAS)
-    outputs = x @ weights[:-1] + weights[-1]  # (N, alphas)
-    val_labels = y[val][:, None]  # (n_val, 1)
+    outputs = x[val] @ weights[:-1] + weights[-1]  # (n_val, alphas)
+    labels = y[val][:, None]  # (n_val, 1)
     if binary:
-        errors = np.logaddexp(0, outputs[val]) - val_labels * outputs[val]
+        errors = np.logaddexp(0, outputs) - labels * outputs
     else:
-        errors = np.square(outputs[val] - val_labels)
+        errors = np.square(outputs - labels)
     best = errors.mean(0).argmin()
-    predictions = special.expit(outputs[:, best]) if binary else outputs[:, best]
-    return predictions, ALPHAS[best]
+    return weights[:, best], ALPHAS[best]
+
+
+def apply_probe(x, weights, binary):
+    """Predictions (N,) by standardised x (N, D): values, or probabilities of a binary target."""
+    outputs = x @ weights[:-1] + weights[-1]
+    return special.expit(outputs) if binary else outputs
 
 
 # ---------------------------------------------------------------- scores
@@ -316,7 +321,8 @@ def probe(x, cohort, indices, targets, counts):
         if not can_be_probed(y, indices):
             continue
         binary = target in cohort.outcomes
-        predictions, alpha = fit_probe(x, y, indices, binary)
+        weights, alpha = fit_probe(x, y, indices, binary)
+        predictions = apply_probe(x, weights, binary)
         train_mean = y[labelled(y, indices["train"])].mean()
         known = ~np.isnan(y[indices["test"]])  # (n_test,)
         test = indices["test"][known]
@@ -359,12 +365,10 @@ def compare(a, b):
 def retrieval(embeddings, test):
     """{"ecg_to_ed": metrics, "ed_to_ecg": …}: how one view finds its partner in the test split."""
     directions = {}
-    for a, b in loss.PAIRS:
-        if a in embeddings and b in embeddings:
-            a_test = embeddings[a][test]
-            b_test = embeddings[b][test]
-            directions[f"{a}_to_{b}"] = score_ranks(loss.retrieval_ranks(a_test, b_test).numpy())
-            directions[f"{b}_to_{a}"] = score_ranks(loss.retrieval_ranks(b_test, a_test).numpy())
+    for pair in loss.present_pairs(embeddings):
+        for a, b in (pair, pair[::-1]):
+            ranks = loss.retrieval_ranks(embeddings[a][test], embeddings[b][test])
+            directions[f"{a}_to_{b}"] = score_ranks(ranks.numpy())
     return directions
 
 
@@ -399,7 +403,8 @@ def train_supervised(cohort, indices, seed, device):
     dataset = data.CohortDataset(cohort, ("ecg",))
     n_phenotypes = len(cohort.phenotypes)  # the first columns of the labels; outcomes stay 0 and 1
     labels = np.column_stack([cohort.columns[name] for name in cohort.phenotypes + cohort.outcomes])
-    labels[:, :n_phenotypes] = standardise(labels[:, :n_phenotypes], train)
+    phenotypes = labels[:, :n_phenotypes]
+    labels[:, :n_phenotypes] = standardise(phenotypes, phenotypes[train])
     labels = torch.from_numpy(labels).float().to(device)  # (N, targets)
 
     # Few labels need small batches and many epochs.
@@ -480,7 +485,7 @@ def label_curve(methods, cohort, indices, args, device):
                 note(f"supervised training on {labels} labels, draw {draw + 1}")
                 features = train_supervised(cohort, splits, args.seed + draw, device)
             # By all training subjects: features that hardly vary among few would explode.
-            x = standardise(features, indices["train"])
+            x = standardise(features, features[indices["train"]])
             scores = probe(x, cohort, splits, cohort.phenotypes, once)
             record = {"labels": labels, "draw": draw, "method": method.name}
             for target, samples in scores.samples.items():
@@ -511,15 +516,17 @@ def predict(run, cohort, indices, table_path, device):
     rows = data.read_table(table_path, ("id", "ecg"))
     ids, ecgs = read_new_ecgs(rows, table_path, cohort.source.get("mains_hz", 50))
 
-    # Encode them like the cohort's ECGs, behind which they stand from here on.
+    # Encode them like the cohort's ECGs, on which probes are fitted.
     known = frozen_features(run.model, cohort, ("ecg",), device)["ecg"]  # (N, D)
     batches = [data.to_batch({"ecg": chunk}, device) for chunk in ecgs.split(128)]
     new = models.extract_features(run.model, batches)["ecg"].cpu().numpy()  # (n, D)
-    x = standardise(np.concatenate([known, new]), indices["train"])
+    reference = known[indices["train"]]
+    x = standardise(known, reference)
+    x_new = standardise(new, reference)
 
     columns = {}
     for target in cohort.phenotypes + cohort.outcomes:
-        columns.update(predict_target(x, cohort, indices, target))
+        columns.update(predict_target(x, x_new, cohort, indices, target))
     lines = []
     for k, subject in enumerate(ids):
         cells = {name: f"{values[k]:.5g}" for name, values in columns.items()}
@@ -535,32 +542,32 @@ def read_new_ecgs(rows, table_path, mains_hz):
     ecgs = []
     for row in rows:
         try:
-            data.require(not row["problem"], table_path, row["problem"])
-            ecg, warnings = data.read_ecg(row, table_path.parent, mains_hz)
+            data.require(not row.problem, table_path, row.problem)
+            ecg, warnings = data.read_ecg(row.cells, table_path.parent, mains_hz)
         except data.InputError as error:
-            note(f"{row['id']} is left out: {error}")
+            note(f"{row.cells['id']} is left out: {error}")
             continue
         for warning in warnings:
-            note(f"{row['id']}: {warning}")
-        ids.append(row["id"])
+            note(f"{row.cells['id']}: {warning}")
+        ids.append(row.cells["id"])
         ecgs.append(torch.from_numpy(ecg))
     data.require(ids, table_path, "names no ECG that can be read; the reasons stand above")
     return ids, torch.stack(ecgs)
 
 
-def predict_target(x, cohort, indices, target):
-    """Columns {name: (n,)} for the n rows of standardised x behind the cohort's; {} if no probe."""
-    subjects = len(cohort.ids)
-    y = np.full(len(x), np.nan)
-    y[:subjects] = cohort.columns[target]
+def predict_target(x, x_new, cohort, indices, target):
+    """Columns {name: (n,)} for x_new (n, D) by a probe on the cohort's x (N, D); {} without one."""
+    y = cohort.columns[target]  # (N,)
     if not can_be_probed(y, indices):
         note(f"{target}: too few labels or only one value, not predicted")
         return {}
-    predictions, _ = fit_probe(x, y, indices, target in cohort.outcomes)
-    predicted = predictions[subjects:]
-    if target in cohort.outcomes:
+    binary = target in cohort.outcomes
+    weights, _ = fit_probe(x, y, indices, binary)
+    predicted = apply_probe(x_new, weights, binary)
+    if binary:
         return {f"{target}_probability": predicted}
-    half_width = conformal_half_width(np.abs(predictions - y), indices["val"])
+    errors = np.abs(apply_probe(x, weights, binary) - y)
+    half_width = conformal_half_width(errors, indices["val"])
     if half_width is None:
         note(f"{target}: no interval, as fewer than {FEWEST_LABELS} validation labels")
         return {target: predicted}
@@ -663,10 +670,12 @@ def draw_figures(runs, methods, scores, embeddings, metrics, cohort, test):
         return figures
     from_ecg = {m.name: probes[m.name] for m in methods if m.kind != "latent" and m.name != "mean"}
     title = "What linear probes read from the ECG"
-    figures["probe"] = draw_probes(title, from_ecg, phenotypes, cohort)
+    xlabel = "phenotype (unit), structural ones first"
+    ylabel = "R² on test subjects\n(95 % bootstrap interval)"
+    figures["probe"] = draw_panels(title, {"": from_ecg}, phenotypes, xlabel, ylabel, cohort)
     of_first = {m.name: probes[m.name] for m in methods if m.run == first.name}
     title = f"What the ECG encoder of {first.name} and its image encoders know"
-    figures["latents"] = draw_probes(title, of_first, phenotypes, cohort)
+    figures["latents"] = draw_panels(title, {"": of_first}, phenotypes, xlabel, ylabel, cohort)
     figures["scatter"] = draw_scatter(first.name, scores[first.name], phenotypes, cohort, test)
     if len(runs) > 1:
         figures["views"] = draw_views(runs, metrics, cohort)
@@ -711,33 +720,30 @@ def draw_scores(axis, results, names, width=0.8, line="none"):
     axis.grid(axis="y", alpha=0.3)
 
 
-def draw_probes(title, results, phenotypes, cohort):
-    """R² of each phenotype by each method, of results {method: {phenotype: …}}."""
+def draw_panels(title, panels, names, xlabel, ylabel, cohort):
+    """One panel of R² for each {title: {method: {name: …}}}, and a legend for all."""
     figure = new_figure(title, cohort, height=4.2)
-    axis = figure.subplots()
-    draw_scores(axis, results, phenotypes)
-    axis.set_xlabel("phenotype (unit), structural ones first")
-    axis.set_ylabel("R² on test subjects\n(95 % bootstrap interval)")
-    figure.legend(frameon=False, ncols=5, loc="outside lower center")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (panel_title, results) in zip(axes, panels.items(), strict=True):
+        draw_scores(axis, results, names)
+        axis.set_title(panel_title, fontsize=10)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=5, loc="outside lower center")
     return figure
 
 
 def draw_views(runs, metrics, cohort):
     """Mean structural and functional R² of the runs with all labels, and beside it with 100."""
-    panels = {"all labels, 95 % bootstrap interval": metrics["groups"]}
+    names = [run.name for run in runs]
+    groups = metrics["groups"]
+    panels = {"all labels, 95 % bootstrap interval": {name: groups[name] for name in names}}
     if "100" in metrics["labels"]:
-        panels["100 labels, mean and spread of draws"] = metrics["labels"]["100"]
-    figure = new_figure("What the ECG learns from each view of the heart", cohort, height=4.2)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, results) in zip(axes, panels.items(), strict=True):
-        of_runs = {run.name: results.get(run.name, {}) for run in runs}
-        draw_scores(axis, of_runs, ["structural", "functional"])
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("phenotypes")
-        axis.set_ylabel("mean R² on test subjects")
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, frameon=False, ncols=5, loc="outside lower center")
-    return figure
+        few = metrics["labels"]["100"]
+        panels["100 labels, mean and spread of draws"] = {name: few.get(name, {}) for name in names}
+    title = "What the ECG learns from each view of the heart"
+    ylabel = "mean R² on test subjects"
+    return draw_panels(title, panels, ["structural", "functional"], "phenotypes", ylabel, cohort)
 
 
 def draw_label_curve(curve, run, cohort):
@@ -786,21 +792,18 @@ def draw_gallery(run, embeddings, cohort, test):
     captions = [name for name in ("LVEDV_ml", "LVEF_pct") if name in cohort.phenotypes]
     dataset = data.CohortDataset(cohort, run.model.inputs)
     queries = np.linspace(0, len(test) - 1, 4).astype(int)
-    for line, query in zip(axes, queries, strict=True):
+    for row, query in zip(axes, queries, strict=True):
         nearest = similarity[query].argsort(descending=True)[:3].numpy()
         subjects = test[[query, *nearest]]
         batch = next(data.plain_batches(dataset, subjects))
-        draw_leads(line[0], batch["ecg"][0].numpy())
-        for k, axis in enumerate(line[1:]):
-            volumes = [batch[phase][k, 0] for phase in phases]
-            middle = np.hstack([volume[len(volume) // 2] for volume in volumes])
+        draw_leads(row[0], batch["ecg"][0].numpy())
+        for k, axis in enumerate(row[1:]):
+            middle = np.hstack([batch[phase][k, 0, data.GRID[0] // 2] for phase in phases])
             greys = np.round(middle * 16)  # few grey levels: noise does not compress
             axis.imshow(greys, cmap="gray", interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            title = f"retrieved {k}" if k > 0 else "own heart"
-            if k > 0 and subjects[k] == subjects[0]:
-                title += " (own)"
-            axis.set_title(title, fontsize=9)
+            is_own = " (own)" if subjects[k] == subjects[0] else ""
+            axis.set_title(f"retrieved {k}{is_own}" if k > 0 else "own heart", fontsize=9)
             values = [f"{axis_label(n)} {cohort.columns[n][subjects[k]]:.0f}" for n in captions]
             axis.set_xlabel("\n".join(values), fontsize=8)
     return figure
@@ -912,7 +915,7 @@ def main():
         targets = cohort.phenotypes
         if method.kind != "latent":
             targets = cohort.phenotypes + cohort.outcomes
-        x = standardise(method.features, indices["train"])
+        x = standardise(method.features, method.features[indices["train"]])
         scores[method.name] = probe(x, cohort, indices, targets, counts)
     for target in cohort.phenotypes + cohort.outcomes:
         if target not in scores[runs[0].name].metrics:

@@ -14,6 +14,11 @@ import torch.nn.functional as F
 PAIRS = (("ecg", "ed"), ("ecg", "es"), ("ecg", "joint"), ("ed", "es"))
 
 
+def present_pairs(names):
+    """Those of PAIRS of which both are among the names."""
+    return [(a, b) for a, b in PAIRS if a in names and b in names]
+
+
 def info_nce(a, b, temperature):
     """Symmetric InfoNCE in nats of unit vectors a, b (B, D): row k of a belongs to row k of b.
 
@@ -39,15 +44,14 @@ def dual_phase_loss(embeddings, weights=None, temperature=0.07):
     losses = {}
     weighted_sum = 0.0
     weight_sum = 0.0
-    for a, b in PAIRS:
-        if a in embeddings and b in embeddings:
-            pair = f"{a}_{b}"
-            weight = weights.get(pair, 1.0)
-            if not weight >= 0:  # true for NaN, too
-                raise ValueError(f"weight of {pair} must not be negative")
-            losses[pair] = info_nce(embeddings[a], embeddings[b], temperature)
-            weighted_sum = weighted_sum + weight * losses[pair]
-            weight_sum = weight_sum + weight
+    for a, b in present_pairs(embeddings):
+        pair = f"{a}_{b}"
+        weight = weights.get(pair, 1.0)
+        if not weight >= 0:  # true for NaN, too
+            raise ValueError(f"weight of {pair} must not be negative")
+        losses[pair] = info_nce(embeddings[a], embeddings[b], temperature)
+        weighted_sum = weighted_sum + weight * losses[pair]
+        weight_sum = weight_sum + weight
     if weight_sum == 0:
         raise ValueError("weights must be positive for at least one pair that is present")
     losses["total"] = weighted_sum / weight_sum
@@ -114,9 +118,8 @@ def global_batch_backward(model, batch, micro_batch, autocast, weights, temperat
 
 def split_batch(batch, size):
     """{name: (B, …)} -> a list of batches of at most `size` subjects, as views."""
-    names = list(batch)
-    pieces = zip(*[batch[name].split(size) for name in names], strict=True)
-    return [dict(zip(names, piece, strict=True)) for piece in pieces]
+    starts = range(0, len(batch["ecg"]), size)
+    return [{name: x[start : start + size] for name, x in batch.items()} for start in starts]
 
 
 def process_rank():

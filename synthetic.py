@@ -294,8 +294,9 @@ def place_heart(heart, rng):
     slope = np.array([heart["tilt"], 0.05 * normal()])
     axis_mm = [0, 16] + 4 * normal(2) + z_mm[:, None] * slope + normal((STACK[0], 2))  # (Z, 2)
 
-    dy_mm = (Y_MM - axis_mm[:, :1, None]).astype(np.float32)  # (Z, Y, 1)
-    dx_mm = (X_MM - axis_mm[:, 1:, None]).astype(np.float32)  # (Z, 1, X)
+    axis_y_mm, axis_x_mm = axis_mm.T[:, :, None, None]  # (Z, 1, 1) each
+    dy_mm = (Y_MM - axis_y_mm).astype(np.float32)  # (Z, Y, 1)
+    dx_mm = (X_MM - axis_x_mm).astype(np.float32)  # (Z, 1, X)
     place.radius_mm = np.sqrt(dy_mm**2 + dx_mm**2)
     septum = np.pi + np.deg2rad(heart["turn_deg"] + 5 * normal())  # on the left of the image
     towards_septum = dy_mm * np.float32(np.sin(septum)) + dx_mm * np.float32(np.cos(septum))

@@ -123,7 +123,7 @@ def main():
         print(f"interrupted; {epoch} epochs are saved in {args.out}; {hint}", file=sys.stderr)
         return 130
     if is_main_process:
-        model.cpu().load_state_dict(load_checkpoint(Path(args.out) / "best.pt")["model"])
+        model.cpu().load_state_dict(data.load_checkpoint(Path(args.out) / "best.pt")["model"])
         encoder = model.encoders["ecg"].state_dict()
         atomic_save(encoder, Path(args.out) / "ecg_encoder.pt")
         draw_curves(args, cohort, log)
@@ -212,8 +212,7 @@ def parse_weights(texts, views):
 
 def pair_names(views):
     """Names of the loss terms that a model with these views has."""
-    present = ("ecg", *views)
-    return [f"{a}_{b}" for a, b in loss.PAIRS if a in present and b in present]
+    return [f"{a}_{b}" for a, b in loss.present_pairs(["ecg", *views])]
 
 
 def start_processes(device):
@@ -291,9 +290,10 @@ def require_finite(total):
     data.require(math.isfinite(total), "--lr", rule)
 
 
-def mean_of(rows):
-    """[{name: value}, …] -> {name: mean value}."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+def mean_of(rows, weights=None):
+    """[{name: value}, …] -> {name: mean value}; weights: of the rows, else equal."""
+    names = rows[0]
+    return {name: float(np.average([row[name] for row in rows], weights=weights)) for name in names}
 
 
 @torch.no_grad()
@@ -321,8 +321,7 @@ def validate(model, dataset, indices, args):
             row[f"top1_ecg_{view}"] = (ranks == 1).float().mean()
         row["top1_chance"] = torch.tensor(1 / len(part))
         rows.append({f"val_{name}": value.item() for name, value in row.items()})
-    sizes = [len(part) for part in parts]
-    return {name: float(np.average([row[name] for row in rows], weights=sizes)) for name in rows[0]}
+    return mean_of(rows, weights=[len(part) for part in parts])
 
 
 def describe(row, args):
@@ -381,18 +380,13 @@ def atomic_save(content, path):
     data.atomic_write(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def load_checkpoint(path):
-    with data.reading(path):
-        return torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
-
-
 def resume(args, defaults, cohort, model, optimizer):
     """Load last.pt into model and optimizer; returns the log of the epochs that are done.
 
     Refuses a run with other arguments; one that the run did not know yet counts as its default.
     """
     path = Path(args.out) / "last.pt"
-    saved = load_checkpoint(path)
+    saved = data.load_checkpoint(path)
     differing = []
     if saved["cohort"] != cohort.fingerprint:
         differing.append(f"--data was {saved['args']['data']}, or that cohort was made anew")

@@ -170,7 +170,7 @@ def bootstrap_samples(features, cohort):
     counts = evaluate.bootstrap_counts(len(indices["test"]), RESAMPLES, seed=0)
     samples = {}
     for method in {name for pair in DIFFERENCES for name in pair}:
-        x = evaluate.standardise(features[method], indices["train"])
+        x = evaluate.standardise(features[method], features[method][indices["train"]])
         scores = evaluate.probe(x, cohort, indices, cohort.phenotypes, counts)
         samples[method] = scores.samples
     return samples

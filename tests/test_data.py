@@ -93,7 +93,7 @@ WARNED = {  # what reads it, its arguments, words of a warning
     "phases exchanged": (CROP, (raw.scan_of(ES, ED),), "ES seems to hold more blood than ED"),
     "too tall": (CROP, (raw.scan_of(*raw.heart_volumes((14, 44, 48))),), "taller than the box"),
     "too wide": (CROP, (raw.scan_of(ED, ES, (10, 4, 4), ED > 0),), "touches the border"),
-    "good row": (CHECK, ({"line": 2, "ecg": "a", "age": "64", **VOLUMES},), None),
+    "good row": (CHECK, ({"ecg": "a", "age": "64", **VOLUMES},), None),
     "other percents": (CHECK, ({"disease_stage": "3", "GLS_pct": "-19"},), None),
     "negative": (CHECK, ({"LVSV_ml": "-3"},), "LVSV_ml is implausible"),
     "90 kg": (CHECK, ({"LVM_g": "90000"},), "LVM_g is implausible"),
@@ -249,9 +249,9 @@ def test_a_manifest_as_excel_writes_it_and_its_numeric_columns(tmp_path, capsys)
     printed = capsys.readouterr().out
     assert "column note is ignored: it holds no numbers but in lines [3]\n" in printed
     assert "column LVM_g is ignored" in printed and "column (unnamed) is ignored" in printed
-    first = [rows[0][name] for name in ("id", "ecg", "split")]
+    first = [rows[0].cells[name] for name in ("id", "ecg", "split")]
     assert first == ["000", "a,1.xml", data.split_of("000")]
-    problems = [row["problem"] for row in rows]
+    problems = [row.problem for row in rows]
     assert problems.count("") == 4 and "line 3: LVEF_pct 'high' is no number" in problems[1]
 
 

@@ -186,12 +186,12 @@ def test_alpha_is_chosen_on_validation_and_test_is_never_looked_at(problem, targ
         z = x[val] @ w[:-1] + w[-1]
         losses = np.logaddexp(0, z) - y[val] * z if binary else (z - y[val]) ** 2
         errors.append(losses.mean())
-    predictions, alpha = evaluate.fit_probe(x, y, indices, binary)
+    weights, alpha = evaluate.fit_probe(x, y, indices, binary)
     assert errors[list(evaluate.ALPHAS).index(alpha)] == pytest.approx(min(errors), rel=1e-6)
     changed = y.copy()
     changed[indices["test"]] = 1 - changed[indices["test"]]
     again, _ = evaluate.fit_probe(x, changed, indices, binary)
-    np.testing.assert_array_equal(predictions, again)
+    np.testing.assert_array_equal(weights, again)
 
 
 def test_missing_and_constant_labels_cost_only_their_own_target(problem):

@@ -28,7 +28,7 @@ def read_images(ending, names=("ed", "es")):
 
 
 def read_manifest(folder):
-    return np.array([len(row["problem"]) for row in data.read_manifest(folder / "manifest.csv")[0]])
+    return np.array([len(row.problem) for row in data.read_manifest(folder / "manifest.csv")[0]])
 
 
 def read_cohort(folder):

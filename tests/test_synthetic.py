@@ -220,7 +220,7 @@ def test_the_ecg_tells_no_more_than_published(tmp_path):
     np.save(tmp_path / "ecg.npy", np.stack(ecgs))
     indices = {name: cohort.indices(name) for name in data.SPLITS}
     outputs = evaluate.train_supervised(cohort, indices, seed=0, device=torch.device("cpu"))
-    x = evaluate.standardise(outputs, indices["train"])
+    x = evaluate.standardise(outputs, outputs[indices["train"]])
     once = np.ones((1, len(indices["test"])))
     metrics = evaluate.probe(x, cohort, indices, names, once).metrics
     print({name: (entry["r2"], entry["pearson"]) for name, entry in metrics.items()})
