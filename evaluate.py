@@ -45,8 +45,8 @@ TAKEN_NAMES = {"mean", *CURVE_BASELINES, "id", "split", "file"}
 FIGURES = ("probe", "latents", "scatter", "views", "labels", "gallery")
 # Safe for colour-blind readers (Okabe and Ito, but their yellow, which is faint on white).
 COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #7F6000 #000000 #999999".split()
+COLORS_AND_MARKERS = cycler(color=COLORS, marker=list("osD^vP*X<"))
 
-matplotlib.rcParams["axes.prop_cycle"] = cycler(color=COLORS, marker=list("osD^vP*X<"))
 matplotlib.rcParams["text.parse_math"] = False  # two $ in a column's name are no formula
 
 
@@ -703,6 +703,7 @@ def draw_scores(axis, results, names, width=0.8, line="none"):
 
     Error bars are the 95 % interval, or the spread of draws.
     """
+    axis.set_prop_cycle(COLORS_AND_MARKERS)
     step = width / len(results)
     for k, (label, entries) in enumerate(results.items()):
         shown = [name for name in names if name in entries]
@@ -772,7 +773,7 @@ def draw_scatter(run, scores, phenotypes, cohort, test):
     for axis, name in zip(axes, phenotypes, strict=False):
         y = cohort.columns[name][test]
         prediction = scores.predictions[name][test]
-        axis.plot(y, prediction, ".", ms=3)
+        axis.plot(y, prediction, ".", ms=3, color=COLORS[0])
         axis.axline((np.nanmean(y), np.nanmean(y)), slope=1, color="black", lw=1)
         axis.set_aspect("equal", adjustable="datalim")
         axis.set_xlabel(f"true {axis_label(name)}")
