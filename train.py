@@ -123,11 +123,7 @@ def main():
         print(f"interrupted; {epoch} epochs are saved in {args.out}; {hint}", file=sys.stderr)
         return 130
     if is_main_process:
-        model.cpu().load_state_dict(data.load_checkpoint(Path(args.out) / "best.pt")["model"])
-        encoder = model.encoders["ecg"].state_dict()
-        atomic_save(encoder, Path(args.out) / "ecg_encoder.pt")
-        draw_curves(args, cohort, log)
-        print(f"wrote {args.out}; next: python evaluate.py {args.out}")
+        finish_run(args, cohort, model, log)
     return 0
 
 
@@ -400,6 +396,15 @@ def resume(args, defaults, cohort, model, optimizer):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     return saved["log"]
+
+
+def finish_run(args, cohort, model, log):
+    """Write curves.png and ecg_encoder.pt, the best ECG encoder alone, to take elsewhere."""
+    best = data.load_checkpoint(Path(args.out) / "best.pt")
+    model.cpu().load_state_dict(best["model"])
+    atomic_save(model.encoders["ecg"].state_dict(), Path(args.out) / "ecg_encoder.pt")
+    draw_curves(args, cohort, log)
+    print(f"wrote {args.out}; next: python evaluate.py {args.out}")
 
 
 def draw_curves(args, cohort, log):
