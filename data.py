@@ -124,17 +124,17 @@ def parse_number(text):
 # ---------------------------------------------------------------- ECG files
 
 
-def read_ecg(row, folder, mains_hz=50):
-    """Read and clean the ECG of a manifest row: (int16 (12, 2500) µV, warnings).
+def read_ecg(cells, folder, mains_hz=50):
+    """Read and clean the ECG of a manifest row {column: text}: (int16 (12, 2500) µV, warnings).
 
     Raises InputError, which names the file and the rule that it breaks.
     """
-    path = Path(folder) / row["ecg"]
+    path = Path(folder) / cells["ecg"]
     reader = ECG_READERS.get(path.suffix.lower())
     require(reader, path, f"is none of {', '.join(ECG_READERS)}; convert it to one of them")
     require_file(path, LARGEST_ECG_MB)
     with reading(path):
-        leads, rate_hz = reader(path, row)
+        leads, rate_hz = reader(path, cells)
         names = [name.strip().lower() for name, _ in leads]
         ecg_mv = []
         for lead in LEADS:
@@ -145,7 +145,7 @@ def read_ecg(row, folder, mains_hz=50):
         return clean_ecg(ecg_mv, rate_hz, mains_hz, path)
 
 
-def read_cardiosoft(path, row):
+def read_cardiosoft(path, cells):
     """GE CardioSoft XML (UK Biobank field 20205): the 10 s rhythm of StripData, no median beats.
 
     As every reader returns: (list of (lead name, samples (T,) in mV), rate in Hz).
@@ -181,7 +181,7 @@ SIGNAL_LINE = re.compile(
 UNITS_MV = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3}
 
 
-def read_wfdb(path, row):
+def read_wfdb(path, cells):
     """WFDB header with format-16 signals in .dat or .mat (https://wfdb.io/spec/header-files.html)."""
     lines = path.read_bytes().decode("utf-8", "replace").splitlines()
     lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
@@ -224,12 +224,12 @@ def to_millivolt(steps, header_line, path):
     return samples_mv
 
 
-def read_npy(path, row):
-    """NumPy array (12, T) in mV, in the order of LEADS, at row["ecg_hz"] (500 Hz where empty)."""
+def read_npy(path, cells):
+    """NumPy array (12, T) in mV, in the order of LEADS, at cells["ecg_hz"] (500 Hz where empty)."""
     ecg_mv = np.load(path, mmap_mode="r", allow_pickle=False)
     fits = ecg_mv.ndim == 2 and len(ecg_mv) == len(LEADS) and ecg_mv.dtype.kind in "iuf"
     require(fits, path, f"is {ecg_mv.dtype} {ecg_mv.shape}, not numbers (12, samples); convert it")
-    rate_hz = parse_number(row.get("ecg_hz") or "500")
+    rate_hz = parse_number(cells.get("ecg_hz") or "500")
     return list(zip(LEADS, np.array(ecg_mv, float), strict=True)), rate_hz
 
 
@@ -247,9 +247,14 @@ def clean_ecg(ecg_mv, rate_hz, mains_hz=50, where="ECG"):
     require(np.isfinite(ecg_mv).all(), where, "holds missing or non-finite samples; leave it out")
     seconds = (ecg_mv.shape[1] + 1) / rate_hz  # exports of 10 s may lack the last sample
     require(seconds >= SECONDS, where, f"lasts {seconds:.2f} s, but 10 s are needed; leave it out")
-    stored_mv = ecg_mv
+    cleaned_mv = filter_ecg(ecg_mv, rate_hz, mains_hz)  # (12, 2500)
+    residual = require_heart_beats(cleaned_mv, where)
+    warnings = ecg_warnings(ecg_mv, rate_hz, cleaned_mv, residual)
+    return np.round(cleaned_mv * 1000).astype(np.int16), warnings
 
-    # Resample and filter.
+
+def filter_ecg(ecg_mv, rate_hz, mains_hz):
+    """(12, T) mV -> the middle 10 s at 250 Hz, filtered forth and back: (12, 2500) mV."""
     ratio = Fraction(SAMPLING_RATE_HZ / rate_hz).limit_denominator(1000)
     ecg_mv = ecg_mv - np.median(ecg_mv, axis=1, keepdims=True)
     ecg_mv = scipy.signal.resample_poly(ecg_mv, ratio.numerator, ratio.denominator, axis=1)
@@ -259,26 +264,28 @@ def clean_ecg(ecg_mv, rate_hz, mains_hz=50, where="ECG"):
         filters = np.concatenate([filters, scipy.signal.tf2sos(*notch)])
     ecg_mv = scipy.signal.sosfiltfilt(filters, ecg_mv, axis=1, padlen=2 * SAMPLING_RATE_HZ)
 
-    # Keep the middle 10 s; resampling may have lost the last sample.
+    # Resampling may have lost the last sample.
     missing = max(0, ECG_SHAPE[1] - ecg_mv.shape[1])
     ecg_mv = np.pad(ecg_mv, ((0, 0), (0, missing)), mode="edge")
     start = (ecg_mv.shape[1] - ECG_SHAPE[1]) // 2
-    ecg_mv = ecg_mv[:, start : start + ECG_SHAPE[1]]  # (12, 2500)
+    return ecg_mv[:, start : start + ECG_SHAPE[1]]
 
-    # Refuse what no heart gives.
+
+def require_heart_beats(ecg_mv, where):
+    """Refuse ECGs (12, 2500) mV that no heart gives; the residual of the limb leads, in 0..1."""
     flat = [name for name, lead in zip(LEADS, ecg_mv, strict=True) if np.ptp(lead) < 0.01]
     require(not flat, where, f"lead {', '.join(flat)} is flat (below 0.01 mV); leave it out")
     peak_mv = np.abs(ecg_mv).max()
-    require(
-        peak_mv <= 20, where, f"reaches {peak_mv:.0f} mV, as no heart does; check gain and unit"
-    )
+    rule = f"reaches {peak_mv:.0f} mV, as no heart does; check gain and unit"
+    require(peak_mv <= 20, where, rule)
     errors = ecg_mv[2:6] - LIMB_LEADS @ ecg_mv[:2]  # III, aVR, aVL, aVF minus what I and II tell
     largest_rms = np.sqrt(np.square(errors).mean(axis=1)).max()
     residual = largest_rms / np.sqrt(np.square(ecg_mv[:6]).mean())
-    rule = f"limb leads contradict Einthoven and Goldberger by {residual:.0%}; check for exchanged"
-    require(residual <= 0.2, where, f"{rule} or inverted leads")
-    warnings = ecg_warnings(stored_mv, rate_hz, ecg_mv, residual)
-    return np.round(ecg_mv * 1000).astype(np.int16), warnings
+    rule = (
+        f"limb leads contradict Einthoven and Goldberger by {residual:.0%}; were leads exchanged?"
+    )
+    require(residual <= 0.2, where, rule)
+    return residual
 
 
 def ecg_warnings(stored_mv, rate_hz, ecg_mv, residual):
@@ -328,15 +335,15 @@ class Stack:
     follows_heart: bool  # whether the affine tells base, anterior wall and septum
 
 
-def read_scan(row, folder):
-    """The CMR of a manifest row: Scan. A cine takes precedence over ed and es."""
+def read_scan(cells, folder):
+    """The CMR of a manifest row {column: text}: Scan. A cine takes precedence over ed and es."""
     folder = Path(folder)
-    if row.get("cine"):
-        ed_path = es_path = folder / row["cine"]
-        stack, es, warnings = read_cine(ed_path, row)
+    if cells.get("cine"):
+        ed_path = es_path = folder / cells["cine"]
+        stack, es, warnings = read_cine(ed_path, cells)
     else:
-        ed_path = folder / row["ed"]
-        es_path = folder / row["es"]
+        ed_path = folder / cells["ed"]
+        es_path = folder / cells["es"]
         stack = read_stack(ed_path)
         es = onto_grid(read_stack(es_path, reference=stack), stack, es_path, order=1)
         warnings = []
@@ -351,17 +358,17 @@ def read_scan(row, folder):
     if not (4 <= mm[0] <= 15 and 0.5 <= mm[1] <= 4 and 0.5 <= mm[2] <= 4):
         warnings.append("voxel spacing is unusual (4-15 mm of slices, 0.5-4 mm in plane expected)")
     mask = None
-    if row.get("mask"):
-        mask = read_mask(folder / row["mask"], stack, motion)
+    if cells.get("mask"):
+        mask = read_mask(folder / cells["mask"], stack, motion)
     return Scan({"ed": ed, "es": es}, mm, mask, warnings)
 
 
-def read_cine(path, row):
+def read_cine(path, cells):
     """ED and ES of a 4D NIfTI by ed_frame (0) and es_frame (estimated): (Stack, ES, warnings)."""
     stack = read_stack(path, dimensions=4)
     frames = stack.voxels  # (Z, Y, X, T)
-    stack.voxels = frames[..., frame_number(path, row, "ed_frame", frames) or 0]
-    es_frame = frame_number(path, row, "es_frame", frames)
+    stack.voxels = frames[..., frame_number(path, cells, "ed_frame", frames) or 0]
+    es_frame = frame_number(path, cells, "es_frame", frames)
     if es_frame is not None:
         return stack, frames[..., es_frame], []
     # ES is the frame with the least blood, which is bright, where the cine moves.
@@ -371,9 +378,9 @@ def read_cine(path, row):
     return stack, frames[..., es_frame], ["ES frame was estimated from the images"]
 
 
-def frame_number(path, row, column, frames):
+def frame_number(path, cells, column, frames):
     """Cell -> int, or None where it is empty; "17.0" is what pandas makes of a column with gaps."""
-    cell = row.get(column)
+    cell = cells.get(column)
     if not cell:
         return None
     count = frames.shape[3]
@@ -395,7 +402,8 @@ def read_stack(path, dimensions=3, reference=None):
         require(image.ndim == dimensions, path, rule)
         stored_mm = np.array(image.header.get_zooms()[:3], float)
         affine = image.affine if affine_is_valid(image, stored_mm) else None
-        if reference is None or (affine is not None and reference.affine is not None):
+        both_placed = affine is not None and reference is not None and reference.affine is not None
+        if reference is None or both_placed:
             orientation, follows_heart = stack_orientation(stored_mm, affine)
         else:  # without two affines, both files are taken to be stored in one order
             affine = None
@@ -633,7 +641,7 @@ class Row:
 class Subject:
     """One row on its way into a cohort: its arrays, or the reason why it is rejected."""
 
-    row: dict  # its cells: id, split and the columns as text
+    cells: dict  # id, split and the columns as text
     arrays: dict = field(default_factory=dict)  # as in ARRAYS
     warnings: list = field(default_factory=list)
     reason: str = ""
@@ -713,9 +721,7 @@ def manifest_problem(row, columns):
     cells = row.cells
     for name in columns:
         if is_text(cells[name]):
-            return (
-                f"line {row.line}: {name} '{cells[name]}' is no number; correct or empty the cell"
-            )
+            return f"line {row.line}: {name} '{cells[name]}' is no number; correct or empty it"
     if cells.get("sex") and parse_number(cells["sex"]) not in (0, 1):
         return f"line {row.line}: sex '{cells['sex']}' must be 0 (female) or 1 (male)"
     if cells.get("split", "") not in ("", *SPLITS):
@@ -750,16 +756,16 @@ def prepare_row(manifest_path, mains_hz, row):
     return Subject(cells, {"ecg": ecg, **images}, warnings)
 
 
-def implausible_values(row):
+def implausible_values(cells):
     """Warnings about covariates and phenotypes that no adult has or that contradict one another."""
     warnings = []
     for name, (low, high) in PLAUSIBLE.items():
-        value = parse_number(row.get(name))  # nan where missing, which compares as false
+        value = parse_number(cells.get(name))  # nan where missing, which compares as false
         if value < low or value > high:
             warnings.append(f"{name} is implausible (outside {low} to {high})")
     for side in ("LV", "RV"):
         names = (f"{side}EDV_ml", f"{side}ESV_ml", f"{side}EF_pct")
-        edv, esv, ef = [parse_number(row.get(name)) for name in names]
+        edv, esv, ef = [parse_number(cells.get(name)) for name in names]
         if edv > 0 and abs(ef - 100 * (edv - esv) / edv) > 3:
             warnings.append(f"{names[2]} is not 100 ({names[0]} - {names[1]}) / {names[0]}")
     return warnings
@@ -806,26 +812,26 @@ def start_worker():
 class Report:
     """What became of the rows."""
 
-    rows: list = field(default_factory=list)  # that are usable
+    usable: list = field(default_factory=list)  # cells of the usable rows
     rejected: list = field(default_factory=list)  # of {"id", "reason"}
     warnings: list = field(default_factory=list)  # of {"id", "warning"}
-    first_rows: dict = field(default_factory=dict)  # by the digest of an array
+    first_cells: dict = field(default_factory=dict)  # by the digest of an array
 
     def add(self, subject):
-        row = subject.row
+        cells = subject.cells
         if subject.reason:
-            self.rejected.append({"id": row["id"], "reason": subject.reason})
+            self.rejected.append({"id": cells["id"], "reason": subject.reason})
             return
-        self.rows.append(row)
+        self.usable.append(cells)
         texts = list(subject.warnings)
         for name in ("ecg", "ed"):
             digest = hashlib.sha256(subject.arrays[name].tobytes()).digest()
-            other = self.first_rows.setdefault(digest, row)
-            if other["split"] != row["split"]:
-                texts.append(f"LEAK between splits, same {name} array as in row: {other['id']}")
-            elif other is not row:
-                texts.append(f"same {name} array as in row: {other['id']}")
-        self.warnings += [{"id": row["id"], "warning": text} for text in texts]
+            first = self.first_cells.setdefault(digest, cells)
+            if first["split"] != cells["split"]:
+                texts.append(f"LEAK between splits, same {name} array as in row: {first['id']}")
+            elif first is not cells:
+                texts.append(f"same {name} array as in row: {first['id']}")
+        self.warnings += [{"id": cells["id"], "warning": text} for text in texts]
 
     def print(self, name):
         """Each rejected row, each kind of warning with three ids, and the number of good rows."""
@@ -840,11 +846,12 @@ class Report:
         for kind, ids in sorted(ids_by_kind.items()):
             more = ", …" if len(ids) > 3 else ""
             print(f"warning: {kind} ({len(ids)} subjects: {', '.join(ids[:3])}{more})")
-        splits = Counter(row["split"] for row in self.rows)
+        splits = Counter(cells["split"] for cells in self.usable)
         for split in SPLITS:
             if not splits[split]:
                 print(f"warning: no subject is left for {split}; see the column split")
-        print(f"{name}: {len(self.rows)} of {len(self.rows) + len(self.rejected)} rows are usable")
+        total = len(self.usable) + len(self.rejected)
+        print(f"{name}: {len(self.usable)} of {total} rows are usable")
 
 
 def write_cohort(folder, subjects, columns, source):
@@ -862,12 +869,12 @@ def write_cohort(folder, subjects, columns, source):
             assert subject.reason or set(subject.arrays) == set(ARRAYS), "a reader lacks a phase"
             for name, array in subject.arrays.items():
                 files[name].write(array.tobytes())
-        write_headers(files, count=len(report.rows))
+        write_headers(files, count=len(report.usable))
         for file in files.values():
             file.close()
         example = report.rejected[0]["reason"] if report.rejected else "there are none"
-        require(report.rows, folder, f"is not made, as no row is usable, for example: {example}")
-        write_csv(aside / "subjects.csv", ["id", "split", *columns], report.rows)
+        require(report.usable, folder, f"is not made, as no row is usable, for example: {example}")
+        write_csv(aside / "subjects.csv", ["id", "split", *columns], report.usable)
         write_csv(aside / "rejected.csv", ["id", "reason"], report.rejected)
         write_csv(aside / "warnings.csv", ["id", "warning"], report.warnings)
         description = {
@@ -1003,7 +1010,7 @@ def find_cohort(path):
     if path.is_dir():
         return open_cohort(path)
     rows = read_table(path, required=("id", "ecg"))
-    digest = hashlib.sha256(str((path.resolve(), GRID, SPACING_MM, rows)).encode())
+    digest = hashlib.sha256(str((FORMAT_VERSION, path.resolve(), GRID, SPACING_MM, rows)).encode())
     for row in rows:
         for file in files_of(row.cells, path.parent):
             digest.update(str(os.stat(file).st_mtime_ns).encode())
@@ -1013,11 +1020,11 @@ def find_cohort(path):
     return open_cohort(folder)
 
 
-def files_of(row, folder):
+def files_of(cells, folder):
     """The files that a manifest row names, samples beside a WFDB header included, if they exist."""
     files = []
     for column in FILE_COLUMNS:
-        stem, ending = os.path.splitext(folder / row.get(column, ""))
+        stem, ending = os.path.splitext(folder / cells.get(column, ""))
         files += [stem + ending, stem + ".dat", stem + ".mat"]
     return [file for file in files if os.path.isfile(file)]  # false for impossible names, too
 
@@ -1120,7 +1127,7 @@ def augment(batch, seed, epoch, indices):
     add_noise(batch["ecg"], draws["ecg_noise"], 0.015, seed)  # mV
     for phase in PHASES:
         if phase in batch:
-            augment_cmr(batch[phase], draws)
+            batch[phase] = augment_cmr(batch[phase], draws)
             add_noise(batch[phase], draws[f"{phase}_noise"], 0.04, seed)
 
 
@@ -1143,7 +1150,7 @@ def augment_ecg(ecg, draws):
 
 
 def augment_cmr(volume, draws):
-    """(B, 1, Z, Y, X) in place: in-plane turn and shift, gain, offset.
+    """(B, 1, Z, Y, X): in-plane turn and shift, gain, offset.
 
     No mirror, as the right ventricle has a side, and no scaling, as size is the phenotype.
     """
@@ -1160,7 +1167,7 @@ def augment_cmr(volume, draws):
     volume[is_moved, 0] = moved  # (b, Z, Y, X)
     gain = between(draws["grey_gain"], 0.85, 1.15)[..., None, None, None]
     offset = between(draws["grey_offset"], -0.05, 0.05)[..., None, None, None]
-    volume.mul_(gain).add_(offset)
+    return volume.mul_(gain).add_(offset)
 
 
 def add_noise(values, draws, largest, seed):

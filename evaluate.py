@@ -478,10 +478,9 @@ def label_curve(methods, cohort, indices, args, device):
     for labels, draw, splits in label_draws(cohort, indices, args):
         for method in methods:
             features = method.features
-            is_retrained = method.name == "supervised" and labels != "all"
-            if is_retrained and draw >= SUPERVISED_DRAWS:
-                continue
-            if is_retrained:
+            if method.name == "supervised" and labels != "all":
+                if draw >= SUPERVISED_DRAWS:
+                    continue
                 note(f"supervised training on {labels} labels, draw {draw + 1}")
                 features = train_supervised(cohort, splits, args.seed + draw, device)
             # By all training subjects: features that hardly vary among few would explode.
@@ -519,7 +518,7 @@ def predict(run, cohort, indices, table_path, device):
     # Encode them like the cohort's ECGs, on which probes are fitted.
     known = frozen_features(run.model, cohort, ("ecg",), device)["ecg"]  # (N, D)
     batches = [data.to_batch({"ecg": chunk}, device) for chunk in ecgs.split(128)]
-    new = models.extract_features(run.model, batches)["ecg"].cpu().numpy()  # (n, D)
+    new = models.extract_features(run.model.to(device), batches)["ecg"].cpu().numpy()  # (n, D)
     reference = known[indices["train"]]
     x = standardise(known, reference)
     x_new = standardise(new, reference)
@@ -862,7 +861,8 @@ def check_cohort(cohort, indices, args):
         data.require(cohort.phenotypes, cohort.folder, "has no phenotypes to learn")
         most = len(with_phenotype(cohort, indices["train"]))
     for labels in args.labels:
-        allowed = labels == "all" or data.parse_number(labels) in range(FEWEST_LABELS, most + 1)
+        is_number = labels.isascii() and labels.isdecimal()
+        allowed = labels == "all" or (is_number and FEWEST_LABELS <= int(labels) <= most)
         rule = f"{labels} is neither all nor a number from {FEWEST_LABELS} to {most}"
         data.require(allowed, "--labels", f"{rule}, the training subjects with a phenotype")
 

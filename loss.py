@@ -102,14 +102,14 @@ def global_batch_backward(model, batch, micro_batch, autocast, weights, temperat
     losses["total"].backward()
 
     # 3. Encode again, with a graph, and send each chunk its rows of dL/dfeatures back.
-    start = len(batch["ecg"]) * process_rank()
-    for chunk in chunks:
+    first = len(batch["ecg"]) * process_rank()
+    for k, chunk in enumerate(chunks):
         with autocast:
             chunk_features = model(chunk)
-        stop = start + len(chunk["ecg"])
-        feature_grads = [features[name].grad[start:stop] for name in chunk_features]
+        start = first + k * micro_batch
+        rows = slice(start, start + len(chunk["ecg"]))  # of this chunk in the global batch
+        feature_grads = [features[name].grad[rows] for name in chunk_features]
         torch.autograd.backward(list(chunk_features.values()), feature_grads)
-        start = stop
 
     # 4. An encoder has seen this process's rows only: the sum over processes is its gradient.
     sum_gradients(model.encoders)

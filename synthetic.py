@@ -27,9 +27,9 @@ COLUMNS = [*data.COVARIATES, *PHENOTYPES, *OUTCOMES]
 
 # What the ECG tells of the heart: (cause, property of the ECG): strength. Units are in the names:
 # ("age", "pr_ms"): 0.6 is 0.6 ms per year; with ln on both sides the strength is a power. A cause
-# counts from its AVERAGE. Strengths follow what is published of ECGs, never what a method reaches.
+# counts from its AVERAGE. Heart rate, which tells LVSV, is drawn with the heart. Strengths follow
+# what is published of ECGs, never what a method reaches.
 LINKS = {
-    ("ln LVSV_ml", "ln heart_rate_bpm"): -1.0,  # read by draw_heart: output = volume x rate
     ("ln bmi", "ln voltage"): -0.25,  # of all waves; a large torso is between heart and skin
     ("ln LVM_g", "ln qrs_mv"): 0.75,
     ("sex", "qrs_ms"): 5.0,
@@ -129,9 +129,9 @@ def draw_heart(seed, subject):
     rvef = np.clip((58.0, 54.5)[sex] + 5.8 * normal() + 0.25 * (lvef - 60), 20, 78)
     rvedv = lvsv * np.exp(0.08 * normal()) / (rvef / 100)
 
-    # Heart rate: what the body needs, over the stroke volume
+    # Heart rate: what the body needs, over the stroke volume. It links the ECG to LVSV, too.
     output_ml = 2900 * surface_m2 * np.exp(0.14 * normal())  # a minute
-    heart_rate = output_ml * lvsv ** LINKS["ln LVSV_ml", "ln heart_rate_bpm"]
+    heart_rate = output_ml / lvsv
 
     # Place in the chest, which both ECG and CMR show
     depth_mm = 30 + 0.9 * (bmi - 26.5) + 7 * normal()  # from the chest wall to the heart
@@ -146,13 +146,12 @@ def draw_heart(seed, subject):
     }
     outcomes = {name: int(uniform() < 1 / (1 + np.exp(-logit))) for name, logit in logits.items()}
 
-    heart = dict(age=age, sex=sex, bmi=bmi, surface_m2=surface_m2)
-    heart.update(LVEDV_ml=lvedv, LVESV_ml=lvedv - lvsv, LVSV_ml=lvsv, LVEF_pct=lvef, LVM_g=lvm)
-    heart.update(RVEDV_ml=rvedv, RVESV_ml=rvedv * (1 - rvef / 100), RVEF_pct=rvef)
-    heart.update(heart_rate_bpm=np.clip(heart_rate, 40, 115))
-    heart.update(depth_mm=depth_mm, turn_deg=turn_deg, tilt=tilt)
-    heart.update(outcomes)
-    return heart
+    body = dict(age=age, sex=sex, bmi=bmi, surface_m2=surface_m2)
+    left = dict(LVEDV_ml=lvedv, LVESV_ml=lvedv - lvsv, LVSV_ml=lvsv, LVEF_pct=lvef, LVM_g=lvm)
+    right = dict(RVEDV_ml=rvedv, RVESV_ml=rvedv * (1 - rvef / 100), RVEF_pct=rvef)
+    place = dict(depth_mm=depth_mm, turn_deg=turn_deg, tilt=tilt)
+    heart_rate_bpm = np.clip(heart_rate, 40, 115)
+    return {**body, **left, **right, **place, **outcomes, "heart_rate_bpm": heart_rate_bpm}
 
 
 # ---------------------------------------------------------------- ECG

@@ -139,13 +139,8 @@ def parse_arguments():
     views = {"nargs": "+", "choices": models.VIEWS, "default": DEFAULT_VIEWS, "metavar": "V"}
     add("--views", **views, help=f"CMR latents among {' '.join(models.VIEWS)} (ed es)")
     add("--slices", type=int, default=data.GRID[0], metavar="N", help="middle slices seen (all 12)")
-    add(
-        "--weights",
-        nargs="+",
-        default=[],
-        metavar="P=W",
-        help="weights of loss terms, e.g. ed_es=0 ecg_ed=2 (all 1)",
-    )
+    weights_help = "weights of loss terms, e.g. ed_es=0 ecg_ed=2 (all 1)"
+    add("--weights", nargs="+", default=[], metavar="P=W", help=weights_help)
     add("--batch-size", type=int, metavar="N", help="pairs a step, over all processes (64)")
     add("--micro-batch", type=int, metavar="N", help="encode N pairs at a time; saves memory (off)")
     add("--lr", type=float, default=2e-3, metavar="X", help="peak learning rate (2e-3)")
@@ -158,12 +153,8 @@ def parse_arguments():
     add("--overwrite", action="store_true", help="replace the run in --out")
     amp_help = "bfloat16 in the encoders (default: with CUDA only)"
     add("--amp", action=argparse.BooleanOptionalAction, help=amp_help)
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
-        default="auto",
-        help="where to run (auto)",
-    )
+    devices = ("auto", "cpu", "cuda", "mps")
+    add("--device", choices=devices, default="auto", help="where to run (auto)")
     add("--limit", type=int, metavar="N", help="train on the first N training subjects (all)")
     add("--shuffle-pairs", action="store_true", help="negative control: ECGs of other subjects")
     args = complete_arguments(data.parse_arguments(parser, LIMITS))
@@ -310,13 +301,14 @@ def validate(model, dataset, indices, args):
     rows = []
     for part in parts:
         part_embeddings = {name: vectors[part] for name, vectors in embeddings.items()}
-        row = loss.dual_phase_loss(part_embeddings, args.weights, args.temperature)
-        require_finite(row["total"].item())
+        losses = loss.dual_phase_loss(part_embeddings, args.weights, args.temperature)
+        require_finite(losses["total"].item())
+        row = {f"val_{name}": value.item() for name, value in losses.items()}
         for view in args.views:
             ranks = loss.retrieval_ranks(part_embeddings["ecg"], part_embeddings[view])
-            row[f"top1_ecg_{view}"] = (ranks == 1).float().mean()
-        row["top1_chance"] = torch.tensor(1 / len(part))
-        rows.append({f"val_{name}": value.item() for name, value in row.items()})
+            row[f"val_top1_ecg_{view}"] = (ranks == 1).float().mean().item()
+        row["val_top1_chance"] = 1 / len(part)
+        rows.append(row)
     return mean_of(rows, weights=[len(part) for part in parts])
 
 

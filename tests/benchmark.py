@@ -100,7 +100,7 @@ def make_cohort(folder, count):
     def repeated():
         examined = [synthetic.simulate_subject(0, k) for k in range(256)]
         for k in range(count):
-            row = {**examined[k % 256].row, "id": str(k), "split": data.split_of(str(k))}
+            row = {**examined[k % 256].cells, "id": str(k), "split": data.split_of(str(k))}
             yield data.Subject(row, examined[k % 256].arrays)
 
     if not cohort.exists():

@@ -296,6 +296,7 @@ COMMANDS = [  # words of the sentence, command line in the folder `world`
     ("best.pt: cannot be read", "evaluate.py evil"),
     ("must not be empty", "evaluate.py runs/dual --data ''"),
     ("--bootstrap: must be", "evaluate.py runs/dual --bootstrap 0"),
+    ("--labels: 50.0 is neither", "evaluate.py runs/dual --labels 50.0"),
     ("--labels: 5 is neither all nor a number", "evaluate.py runs/dual --labels 5"),
     ("share a name", "evaluate.py runs/dual runs/dual"),
     ("nowhere.csv: does not exist", "evaluate.py runs/dual --predict nowhere.csv"),

@@ -57,7 +57,7 @@ def test_hearts_have_the_published_means_and_spreads():
 def test_a_subject_depends_on_seed_and_number_alone():
     first, again = [synthetic.simulate_subject(3, 7) for _ in range(2)]
     others = [synthetic.simulate_subject(4, 7), synthetic.simulate_subject(3, 8)]
-    assert first.row == again.row
+    assert first.cells == again.cells
     for name, array in first.arrays.items():
         np.testing.assert_array_equal(again.arrays[name], array)
         for other in others:
