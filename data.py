@@ -561,8 +561,8 @@ def motion_box(ed, es, spacing_mm):
 def crop_heart(scan, where="scan"):
     """Scan -> ({"ed", "es": uint8 GRID}, warnings).
 
-    One box in millimetres and one intensity window for both phases, as two would normalise
-    contraction away. Raises InputError.
+    One box in millimetres and one intensity window for both phases, so that place, size and
+    brightness stay comparable. Raises InputError.
     """
     ed = scan.phases["ed"]
     es = scan.phases["es"]
