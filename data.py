@@ -402,13 +402,12 @@ def read_stack(path, dimensions=3, reference=None):
         require(image.ndim == dimensions, path, rule)
         stored_mm = np.array(image.header.get_zooms()[:3], float)
         affine = image.affine if affine_is_valid(image, stored_mm) else None
-        both_placed = affine is not None and reference is not None and reference.affine is not None
-        if reference is None or both_placed:
-            orientation, follows_heart = stack_orientation(stored_mm, affine)
-        else:  # without two affines, both files are taken to be stored in one order
-            affine = None
+        if reference is not None and (affine is None or reference.affine is None):
+            affine = None  # one alone places nothing: both files are taken to be stored alike
             orientation = reference.orientation
             follows_heart = reference.follows_heart
+        else:
+            orientation, follows_heart = stack_orientation(stored_mm, affine)
         turned = image.as_reoriented(orientation)
         voxels = turned.get_fdata(caching="unchanged", dtype=np.float32)  # (Z, Y, X[, T])
     # The header's spacing in the new order; nibabel would take it from the affine.
@@ -606,7 +605,8 @@ def crop_heart(scan, where="scan"):
 def covered_part(shape, origin, stride):
     """The samples of GRID that lie inside a stack of this shape: three slices."""
     begin = np.maximum(0, np.ceil(-origin / stride)).astype(int)
-    end = np.minimum(GRID, np.ceil((shape - origin) / stride)).astype(int)
+    last = np.floor((np.array(shape) - 1 - origin) / stride).astype(int)
+    end = np.minimum(GRID, last + 1)
     return tuple(map(slice, begin, end))
 
 
@@ -864,11 +864,13 @@ def write_cohort(folder, subjects, columns, source):
     with new_folder(Path(folder)) as aside:
         files = {name: open(aside / f"{name}.npy", "wb") for name in ARRAYS}
         write_headers(files, count=0)
+        digest = hashlib.sha256()  # of the arrays: part of the cohort's fingerprint
         for subject in subjects:
             report.add(subject)
             assert subject.reason or set(subject.arrays) == set(ARRAYS), "a reader lacks a phase"
             for name, array in subject.arrays.items():
                 files[name].write(array.tobytes())
+                digest.update(array.tobytes())
         write_headers(files, count=len(report.usable))
         for file in files.values():
             file.close()
@@ -882,6 +884,7 @@ def write_cohort(folder, subjects, columns, source):
             "source": source,
             "grid": GRID,
             "spacing_mm": SPACING_MM,
+            "sha256": digest.hexdigest(),
         }
         (aside / "cohort.json").write_text(json.dumps(description, indent=1))
     return report
@@ -948,7 +951,7 @@ class Cohort:
     outcomes: list  # columns of 0 and 1
     covariates: list
     source: dict  # {"kind": "synthetic" or "manifest", …}
-    fingerprint: str  # changes with the subjects and their columns
+    fingerprint: str  # changes with the subjects, their columns and arrays
 
     def indices(self, split):
         """Positions (n,) of the subjects of a split in the arrays."""

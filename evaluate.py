@@ -341,7 +341,8 @@ def probe(x, cohort, indices, targets, counts):
 
 def group_phenotypes(names):
     """{group: names}. Functional: stroke and end-systolic volume, EF, cardiac output, strain."""
-    functional = [name for name in names if re.search("(SV|EF|CO|STRAIN)(_|$)", name.upper())]
+    pattern = "(SV|EF|CO|STRAIN)I?(_|$)"  # I: indexed, by body surface for instance
+    functional = [name for name in names if re.search(pattern, name.upper())]
     structural = [name for name in names if name not in functional]
     return {"structural": structural, "functional": functional, "all": names}
 
@@ -450,21 +451,21 @@ def with_phenotype(cohort, indices):
 
 
 def label_draws(cohort, indices, args):
-    """Yield (labels, draw, splits) for each draw of so many labels, "all" just once.
+    """Yield (count of labels, draw, splits) for each draw, "all" just once.
 
     The labels pay for validation, too: a fifth chooses alpha.
     """
-    for labels in args.labels:
-        if labels == "all":
-            yield labels, 0, indices
+    for count in args.labels:
+        if count == "all":
+            yield count, 0, indices
             continue
-        n = int(labels)
+        n = int(count)
         candidates = with_phenotype(cohort, indices["train"])
         for draw in range(LABEL_DRAWS):
             rng = np.random.default_rng([args.seed, n, draw])
             drawn = rng.choice(candidates, n, replace=False)
             splits = {"train": drawn[n // 5 :], "val": drawn[: n // 5], "test": indices["test"]}
-            yield labels, draw, splits
+            yield count, draw, splits
 
 
 def label_curve(methods, cohort, indices, args, device):
@@ -475,18 +476,18 @@ def label_curve(methods, cohort, indices, args, device):
     """
     records = []
     once = np.ones((1, len(indices["test"])))  # each test subject counts once: no bootstrap
-    for labels, draw, splits in label_draws(cohort, indices, args):
+    for count, draw, splits in label_draws(cohort, indices, args):
         for method in methods:
             features = method.features
-            if method.name == "supervised" and labels != "all":
+            if method.name == "supervised" and count != "all":
                 if draw >= SUPERVISED_DRAWS:
                     continue
-                note(f"supervised training on {labels} labels, draw {draw + 1}")
+                note(f"supervised training on {count} labels, draw {draw + 1}")
                 features = train_supervised(cohort, splits, args.seed + draw, device)
             # By all training subjects: features that hardly vary among few would explode.
             x = standardise(features, features[indices["train"]])
             scores = probe(x, cohort, splits, cohort.phenotypes, once)
-            record = {"labels": labels, "draw": draw, "method": method.name}
+            record = {"labels": count, "draw": draw, "method": method.name}
             for target, samples in scores.samples.items():
                 records.append({**record, "target": target, "r2": samples[0]})
     return records
@@ -542,6 +543,7 @@ def read_new_ecgs(rows, table_path, mains_hz):
     for row in rows:
         try:
             data.require(not row.problem, table_path, row.problem)
+            data.require(row.cells["ecg"], table_path, f"line {row.line} names no ECG; fill it in")
             ecg, warnings = data.read_ecg(row.cells, table_path.parent, mains_hz)
         except data.InputError as error:
             note(f"{row.cells['id']} is left out: {error}")
@@ -576,7 +578,10 @@ def predict_target(x, x_new, cohort, indices, target):
 
 
 def conformal_half_width(errors, val):
-    """Half the 95 % interval by absolute errors (N,) on val (split conformal); None if too few."""
+    """Half the 95 % interval by absolute errors (N,) on val; None if too few.
+
+    Split conformal (Papadopoulos 2002), a little too narrow, as val chose alpha and epoch, too.
+    """
     residuals = errors[labelled(errors, val)]
     if len(residuals) < FEWEST_LABELS:
         return None
@@ -592,8 +597,8 @@ def collect_metrics(runs, methods, scores, embeddings, records, test):
     pairs = list(combinations([run.name for run in runs], 2))
     pairs += [(runs[0].name, method.name) for method in methods if method.kind == "baseline"]
     return {
-        "probe": {name: score.metrics for name, score in scores.items()},
-        "groups": {name: score.groups for name, score in scores.items()},
+        "probe": {name: one.metrics for name, one in scores.items()},
+        "groups": {name: one.groups for name, one in scores.items()},
         "paired": {f"{a}-{b}": compare(scores[a], scores[b]) for a, b in pairs},
         "retrieval": {name: retrieval(vectors, test) for name, vectors in embeddings.items()},
         "labels": summarise_curve(records),
@@ -728,8 +733,8 @@ def draw_panels(title, panels, names, xlabel, ylabel, cohort):
         draw_scores(axis, results, names)
         axis.set_title(panel_title, fontsize=10)
         axis.set(xlabel=xlabel, ylabel=ylabel)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, ncols=5, loc="outside lower center")
+    handles, methods = axes[0].get_legend_handles_labels()
+    figure.legend(handles, methods, frameon=False, ncols=5, loc="outside lower center")
     return figure
 
 
@@ -749,10 +754,10 @@ def draw_views(runs, metrics, cohort):
 def draw_label_curve(curve, run, cohort):
     """Mean R² over all phenotypes for each number of labels: one run against the baselines."""
     results = defaultdict(dict)
-    for labels, scores in curve.items():
+    for count, of_methods in curve.items():
         for method in (run, *CURVE_BASELINES):
-            if "all" in scores.get(method, {}):
-                results[method][labels] = scores[method]["all"]
+            if "all" in of_methods.get(method, {}):
+                results[method][count] = of_methods[method]["all"]
     figure = new_figure("How many labels it takes", cohort, height=4.2)
     axis = figure.subplots()
     draw_scores(axis, results, list(curve), width=0.2, line="-")
@@ -860,10 +865,10 @@ def check_cohort(cohort, indices, args):
     if args.supervised or args.labels:
         data.require(cohort.phenotypes, cohort.folder, "has no phenotypes to learn")
         most = len(with_phenotype(cohort, indices["train"]))
-    for labels in args.labels:
-        is_number = labels.isascii() and labels.isdecimal()
-        allowed = labels == "all" or (is_number and FEWEST_LABELS <= int(labels) <= most)
-        rule = f"{labels} is neither all nor a number from {FEWEST_LABELS} to {most}"
+    for count in args.labels:
+        is_number = count.isascii() and count.isdecimal()
+        allowed = count == "all" or (is_number and FEWEST_LABELS <= int(count) <= most)
+        rule = f"{count} is neither all nor a number from {FEWEST_LABELS} to {most}"
         data.require(allowed, "--labels", f"{rule}, the training subjects with a phenotype")
 
 

@@ -162,7 +162,7 @@ def build(args):
 @torch.no_grad()
 def extract_features(model, batches):
     """Features of all subjects from a frozen model: {name: (N, D)}, in the order of the batches."""
-    model.eval()  # in training mode, the heads' batch statistics would drift
+    model.eval()
     encoded = [model(batch) for batch in batches]
     features = {}
     for name in encoded[0]:

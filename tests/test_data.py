@@ -205,6 +205,11 @@ def test_resampling_is_exact_on_the_grids_own_spacing_and_averages_finer_pixels(
     assert np.abs(averaged[:, 4:-4, 4:-4] - 0.5).max() < 0.2
 
 
+def test_the_grey_window_sees_no_sample_beyond_the_stack():
+    part = data.covered_part((12, 64, 64), np.array([-1.0, 0, 3]), np.array([1.25, 1, 1.5]))
+    assert part == (slice(1, 10), slice(0, 64), slice(0, 41))  # last ones at 10.25, 63 and 63
+
+
 def blood(*arguments):
     """Where the brightest voxels of ED lie in the crop of a scan."""
     return data.crop_heart(raw.scan_of(*arguments))[0]["ed"] > 240
@@ -314,6 +319,15 @@ def test_rejected_and_warned_rows_are_listed_with_ids_and_reasons(prepared, caps
     five = [{"id": f"s{k}", "warning": "flat for 2 s: V1"} for k in range(5)]
     data.Report(warnings=five).print("c")
     assert "flat for 2 s (5 subjects: s0, s1, s2, …)" in capsys.readouterr().out
+
+
+def test_the_fingerprint_changes_with_the_arrays_alone(tmp_path):
+    fingerprints = []
+    for seed in (0, 0, 1):
+        folder = tmp_path / str(len(fingerprints))
+        data.write_cohort(folder, raw.random_subjects(3, seed), ["x"], {"kind": "test"})
+        fingerprints.append(data.open_cohort(folder).fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
 def test_a_manifest_is_prepared_once_and_anew_when_it_changes(prepared, monkeypatch, tmp_path):

@@ -125,7 +125,7 @@ def test_groups_are_means_over_their_phenotypes(problem):
         np.testing.assert_allclose(
             scores.groups[group]["r2_ci"], np.percentile(samples, [2.5, 97.5])
         )
-    names = "LVEDV_ml LVESV_ml LVSV_ml LVEF_pct LVM_g LVCO_l_min LEFT_atrium_ml peak_strain_pct"
+    names = "LVEDV_ml LVESV_ml LVSVi_ml_m2 LVEF_pct LVM_g LVCO_l_min LEFT_atrium_ml peak_strain_pct"
     groups = evaluate.group_phenotypes(names.split())
     assert groups["structural"] == ["LVEDV_ml", "LVM_g", "LEFT_atrium_ml"]
 
@@ -364,13 +364,14 @@ def test_prediction_from_raw_ecgs(evaluated, run_script, tmp_path):
     with open(tmp_path / "raw" / "manifest.csv") as file:
         rows = list(csv.DictReader(file))
     (tmp_path / "raw" / rows[1]["ecg"]).write_text("rubbish")
-    rows.append({"id": "absent", "ecg": "absent.xml"})
+    rows += [{"id": "absent", "ecg": "absent.xml"}, {"id": "none", "ecg": ""}]
     data.write_csv(tmp_path / "raw" / "new.csv", ["id", "ecg", "ecg_hz"], rows)
     options = ["--predict", tmp_path / "raw" / "new.csv"]
     result = run_script("evaluate.py", evaluated[0].parent, *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert rows[1]["ecg"] in result.stderr and "absent.xml" in result.stderr
-    assert "4 predicted, 2 rejected" in result.stdout
+    assert "names no ECG; fill it in" in result.stderr
+    assert "4 predicted, 3 rejected" in result.stdout
     assert result.stdout.endswith("Research use only, not for diagnosis.\n")
     with open(tmp_path / "raw" / "predictions.csv") as file:
         predicted = list(csv.DictReader(file))
