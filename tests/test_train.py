@@ -310,7 +310,16 @@ def test_shuffled_pairs_are_other_subjects_of_the_split(run, monkeypatch, cohort
     assert all(ecg != heart and split[ecg] == split[heart] for ecg, heart in pairs)
 
 
-def test_training_reads_hearts_from_ecgs_and_shuffled_pairs_stay_at_chance(run_script, tmp_path):
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_training_reads_hearts_from_ecgs_and_shuffled_pairs_stay_at_chance(
+    run_script, tmp_path, two_threads
+):
     """The whole way, on 500 subjects: an untrained encoder must fail where a trained one passes."""
     synthetic.make_cohort(tmp_path / "cohort", subjects=500, seed=0)
     for command in (
