@@ -371,6 +371,7 @@ def read_cine(path, cells):
     es_frame = frame_number(path, cells, "es_frame", frames)
     if es_frame is not None:
         return stack, frames[..., es_frame], []
+    require(np.ptp(frames) > 0, path, "is one constant grey level; convert it again")
     # ES is the frame with the least blood, which is bright, where the cine moves.
     box = motion_box(frames.max(axis=3), frames.min(axis=3), stack.spacing_mm)
     is_blood = frames[box] > np.percentile(stack.voxels, [1, 99]).mean()
@@ -590,9 +591,9 @@ def crop_heart(scan, where="scan"):
 
     # Warn where the box or the order of phases looks wrong.
     warnings = list(scan.warnings)
-    size_mm = (last - first) * scan.spacing_mm
+    size_mm = (last - first) * scan.spacing_mm  # between the middles of outer voxels
     room_mm = np.multiply(GRID, SPACING_MM)
-    if size_mm[0] > room_mm[0]:
+    if size_mm[0] > room_mm[0] - scan.spacing_mm[0] / 2:
         warnings.append("the stack is taller than the box, slices at its ends are cut")
     if (size_mm[1:] > 0.9 * room_mm[1:]).any():
         warnings.append("the heart touches the border of the box")
@@ -1007,7 +1008,8 @@ def open_cohort(folder):
 def find_cohort(path):
     """What --data names, opened: a cohort folder, or a manifest, which is prepared once.
 
-    A manifest is prepared into cohorts/ with a 50 Hz notch, and anew when it or its files change.
+    A manifest is prepared into cohorts/ with a 50 Hz notch, and anew when it or its files change;
+    of WFDB, the header and samples of its name.
     """
     path = Path(path)
     if path.is_dir():

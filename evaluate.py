@@ -340,8 +340,8 @@ def probe(x, cohort, indices, targets, counts):
 
 
 def group_phenotypes(names):
-    """{group: names}. Functional: stroke and end-systolic volume, EF, cardiac output, strain."""
-    pattern = "(SV|EF|CO|STRAIN)I?(_|$)"  # I: indexed, by body surface for instance
+    """{group: names}. Functional: stroke and end-systolic volume, EF, output, index, strain."""
+    pattern = "(SVI?|EF|CO|CI|STRAIN|GLS|GCS|GRS)(_|$)"
     functional = [name for name in names if re.search(pattern, name.upper())]
     structural = [name for name in names if name not in functional]
     return {"structural": structural, "functional": functional, "all": names}
@@ -859,6 +859,10 @@ def check_names(runs):
 
 def check_cohort(cohort, indices, args):
     """Refuse what the cohort is too small for."""
+    taken = [name for name in cohort.phenotypes + cohort.outcomes if name in GROUPS]
+    data.require(
+        not taken, cohort.folder, f"has columns {taken}, as groups are called; rename them"
+    )
     for split in data.SPLITS:
         n = len(indices[split])
         data.require(n >= 3, cohort.folder, f"has {n} {split} subjects; evaluation needs 3")

@@ -125,7 +125,7 @@ def test_groups_are_means_over_their_phenotypes(problem):
         np.testing.assert_allclose(
             scores.groups[group]["r2_ci"], np.percentile(samples, [2.5, 97.5])
         )
-    names = "LVEDV_ml LVESV_ml LVSVi_ml_m2 LVEF_pct LVM_g LVCO_l_min LEFT_atrium_ml peak_strain_pct"
+    names = "LVEDV_ml LVESV_ml LVSVi_ml_m2 LVEF_pct LVM_g LVCO_l_min LEFT_atrium_ml GLS_pct"
     groups = evaluate.group_phenotypes(names.split())
     assert groups["structural"] == ["LVEDV_ml", "LVM_g", "LEFT_atrium_ml"]
 
@@ -401,6 +401,13 @@ STRANGE = {
     "missing values": lambda k, row: {**row, "LVEF_pct": row["LVEF_pct"] * (k % 3 == 0), "age": ""},
     "strange names": lambda k, row: {**row, "a|b_$x$_ml": row["LVM_g"], "same_g": "7"},
 }
+
+
+def test_a_column_named_as_a_group_is_refused(cohort, tmp_path, run_script):
+    run = make_run(tmp_path / "es", cohort, ["es"])
+    edit_cohort(cohort.folder, tmp_path / "cohort", lambda k, row: {**row, "all": row["LVM_g"]})
+    result = run_script("evaluate.py", run, "--data", tmp_path / "cohort", cwd=tmp_path)
+    assert result.returncode == 2 and "has columns ['all']" in result.stderr
 
 
 @pytest.mark.parametrize("case", STRANGE)
