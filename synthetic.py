@@ -491,7 +491,7 @@ def write_raw(folder, subjects, seed=0):
     """
     with data.new_folder(Path(folder)) as aside:
         rows = [write_raw_subject(aside, seed, subject) for subject in range(subjects)]
-        files = ["ecg", "ecg_hz", "ed", "es", "cine", "ed_frame", "es_frame", "mask"]
+        files = [*data.FILE_COLUMNS, *data.READER_COLUMNS]
         data.write_csv(aside / "manifest.csv", ["id", *files, *COLUMNS], rows)
 
 
@@ -514,7 +514,7 @@ def write_raw_subject(folder, seed, subject):
 
     images = {"mask": scan.mask, **scan.phases}
     if subject % 3 == 2:
-        row.update(ed_frame=0, es_frame=1)
+        row.update({f"{phase}_frame": k for k, phase in enumerate(scan.phases)})
         images = {"mask": scan.mask, "cine": np.stack(list(scan.phases.values()), axis=-1)}
     for column, volume in images.items():
         row[column] = f"{name}_{column}.nii.gz"
