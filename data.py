@@ -258,10 +258,7 @@ def filter_ecg(ecg_mv, rate_hz, mains_hz):
     ratio = Fraction(SAMPLING_RATE_HZ / rate_hz).limit_denominator(1000)
     ecg_mv = ecg_mv - np.median(ecg_mv, axis=1, keepdims=True)
     ecg_mv = scipy.signal.resample_poly(ecg_mv, ratio.numerator, ratio.denominator, axis=1)
-    filters = scipy.signal.butter(2, 0.5, "highpass", fs=SAMPLING_RATE_HZ, output="sos")
-    if mains_hz:
-        notch = scipy.signal.iirnotch(mains_hz, 30, fs=SAMPLING_RATE_HZ)
-        filters = np.concatenate([filters, scipy.signal.tf2sos(*notch)])
+    filters = design_filters(mains_hz)
     ecg_mv = scipy.signal.sosfiltfilt(filters, ecg_mv, axis=1, padlen=2 * SAMPLING_RATE_HZ)
 
     # Resampling may have lost the last sample.
@@ -269,6 +266,16 @@ def filter_ecg(ecg_mv, rate_hz, mains_hz):
     ecg_mv = np.pad(ecg_mv, ((0, 0), (0, missing)), mode="edge")
     start = (ecg_mv.shape[1] - ECG_SHAPE[1]) // 2
     return ecg_mv[:, start : start + ECG_SHAPE[1]]
+
+
+@lru_cache
+def design_filters(mains_hz):
+    """Second-order sections: Butterworth high-pass of 0.5 Hz and, unless 0, a notch at mains_hz."""
+    highpass = scipy.signal.butter(2, 0.5, "highpass", fs=SAMPLING_RATE_HZ, output="sos")
+    if mains_hz == 0:
+        return highpass
+    notch = scipy.signal.iirnotch(mains_hz, 30, fs=SAMPLING_RATE_HZ)
+    return np.concatenate([highpass, scipy.signal.tf2sos(*notch)])
 
 
 def require_heart_beats(ecg_mv, where):
@@ -348,8 +355,8 @@ def read_scan(cells, folder):
         es = onto_grid(read_stack(es_path, reference=stack), stack, es_path, order=1)
         warnings = []
     ed = stack.voxels
-    for path, phase in ((ed_path, ed), (es_path, es)):
-        require(np.ptp(phase) > 0, path, "is one constant grey level; convert it again")
+    require_contrast(ed_path, ed)
+    require_contrast(es_path, es)
     if not stack.follows_heart:
         warnings.append("no affine along a heart, axes stay as stored: look with data.py show")
     mm = stack.spacing_mm
@@ -363,6 +370,10 @@ def read_scan(cells, folder):
     return Scan({"ed": ed, "es": es}, mm, mask, warnings)
 
 
+def require_contrast(path, voxels):
+    require(np.ptp(voxels) > 0, path, "is one constant grey level; convert it again")
+
+
 def read_cine(path, cells):
     """ED and ES of a 4D NIfTI by ed_frame (0) and es_frame (estimated): (Stack, ES, warnings)."""
     stack = read_stack(path, dimensions=4)
@@ -371,7 +382,7 @@ def read_cine(path, cells):
     es_frame = frame_number(path, cells, "es_frame", frames)
     if es_frame is not None:
         return stack, frames[..., es_frame], []
-    require(np.ptp(frames) > 0, path, "is one constant grey level; convert it again")
+    require_contrast(path, frames)
     # ES is the frame with the least blood, which is bright, where the cine moves.
     box = motion_box(frames.max(axis=3), frames.min(axis=3), stack.spacing_mm)
     is_blood = frames[box] > np.percentile(stack.voxels, [1, 99]).mean()
@@ -745,9 +756,8 @@ def prepare_row(manifest_path, mains_hz, row):
     try:
         require(not row.problem, manifest_path, row.problem)
         ecg, ecg_warnings = read_ecg(cells, folder, mains_hz)
-        images, cmr_warnings = crop_heart(
-            read_scan(cells, folder), cells.get("cine") or cells["ed"]
-        )
+        scan = read_scan(cells, folder)
+        images, cmr_warnings = crop_heart(scan, cells.get("cine") or cells["ed"])
     except InputError as error:
         return Subject(cells, reason=str(error))
     except Exception as error:  # a file that breaks a library in a new way
@@ -870,8 +880,9 @@ def write_cohort(folder, subjects, columns, source):
             report.add(subject)
             assert subject.reason or set(subject.arrays) == set(ARRAYS), "a reader lacks a phase"
             for name, array in subject.arrays.items():
-                files[name].write(array.tobytes())
-                digest.update(array.tobytes())
+                content = array.tobytes()
+                files[name].write(content)
+                digest.update(content)
         write_headers(files, count=len(report.usable))
         for file in files.values():
             file.close()
@@ -920,10 +931,11 @@ def new_folder(folder):
 
 
 def write_csv(path, columns, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def atomic_write(path, save):
@@ -1028,9 +1040,11 @@ def find_cohort(path):
 def files_of(cells, folder):
     """The files that a manifest row names, samples beside a WFDB header included, if they exist."""
     files = []
-    for column in FILE_COLUMNS:
-        stem, ending = os.path.splitext(folder / cells.get(column, ""))
-        files += [stem + ending, stem + ".dat", stem + ".mat"]
+    for name in [cells[column] for column in FILE_COLUMNS if cells.get(column)]:
+        stem, ending = os.path.splitext(folder / name)
+        files.append(stem + ending)
+        if ending.lower() == ".hea":
+            files += [stem + ".dat", stem + ".mat"]
     return [file for file in files if os.path.isfile(file)]  # false for impossible names, too
 
 

@@ -161,7 +161,10 @@ def build(args):
 
 @torch.no_grad()
 def extract_features(model, batches):
-    """Features of all subjects from a frozen model: {name: (N, D)}, in the order of the batches."""
+    """Features of all subjects from a frozen model: {name: (N, D)}, in the order of the batches.
+
+    Leaves the model in evaluation mode, in which heads take their running statistics.
+    """
     model.eval()
     encoded = [model(batch) for batch in batches]
     features = {}

@@ -294,7 +294,6 @@ def validate(model, dataset, indices, args):
         return {}
     encode_size = min(len(indices), args.micro_batch or args.batch_size)  # a matter of memory only
     batches = data.plain_batches(dataset, indices, args.device, encode_size, args.workers)
-    model.eval()  # heads take their running statistics, and do not learn from validation
     features = models.extract_features(model, batches)  # {name: (N, 128)}
     embeddings = model.embed(features)
     # Contrast among at most a training batch, so that the loss stands beside ln B.
